@@ -1,0 +1,45 @@
+// The text of an ISA unit: sets the compiler's target, includes the kernels, and puts them in the unit's table.
+#include <cstdint>
+#include <cstdlib>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/dispatch.h"
+#include "kernels.h"
+
+#if defined(KDFAST_TARGET)
+#define KDFAST_PRAGMA_TEXT(text) _Pragma(#text)
+#define KDFAST_PRAGMA(text) KDFAST_PRAGMA_TEXT(text)
+#if defined(__clang__)
+KDFAST_PRAGMA(clang attribute push(__attribute__((target(KDFAST_TARGET))), apply_to = function))
+#else
+KDFAST_PRAGMA(GCC push_options)
+KDFAST_PRAGMA(GCC target(KDFAST_TARGET))
+#endif
+#endif
+
+// A vector type loses its attributes as a template argument's name, not as its type.
+#pragma GCC diagnostic ignored "-Wignored-attributes"
+
+#include "kl_math.h"
+
+#include "cpu/vec.h"
+
+#include "cpu/row_loop.inl"
+
+#include "cpu/kl_div_tau.inl"
+#include "cpu/logit_mse.inl"
+
+namespace kdfast::cpu::KDFAST_ISA {
+const Kernels kernels = {kl_div_tau_forward, kl_div_tau_backward, logit_mse_forward, logit_mse_backward, scale_gradient};
+}
+
+#if defined(KDFAST_TARGET)
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

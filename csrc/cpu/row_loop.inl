@@ -1,0 +1,134 @@
+// What the losses share: where rows lie, how gradients are written, the choice of types.
+
+namespace kdfast::cpu::KDFAST_ISA {
+namespace {
+
+template <class S>
+const S* row_of(const Logits& logits, int64_t row) {
+  return static_cast<const S*>(logits.data) + logits.rows.offset(row);
+}
+
+// Where a row's gradient goes. Large gradients are written past the caches: they come back from memory before they are used anyway,
+// and an ordinary store would first read the line it overwrites.
+template <class S>
+struct GradientRow {
+  static constexpr int64_t kStreamFromBytes = 8 << 20;
+
+  S* data = nullptr;
+  int64_t width = 0;
+  bool streamed = false;
+
+  GradientRow(const Gradient& gradient, int64_t rows, int64_t row, const void* student) {
+    if (gradient.data == nullptr) return;
+    data = static_cast<S*>(gradient.data) + gradient.rows.offset(row);
+    width = gradient.width;
+    streamed = gradient.data != student && rows * width * int64_t(sizeof(S)) >= kStreamFromBytes;
+  }
+  explicit operator bool() const { return data != nullptr; }
+
+  // Classes before the first that is aligned for stream().
+  template <class V>
+  int64_t head() const {
+    const uintptr_t bytes = sizeof(S) * kLanes<V>;
+    return streamed ? int64_t((bytes - uintptr_t(data) % bytes) % bytes / sizeof(S)) : 0;
+  }
+  template <class V>
+  KDFAST_INLINE void put(int64_t i, V v, Full lanes) const {
+    if (streamed)
+      stream(data + i, v);
+    else
+      store(data + i, v, lanes);
+  }
+  template <class V>
+  KDFAST_INLINE void put(int64_t i, V v, First lanes) const {
+    store(data + i, v, lanes);
+  }
+  void zero(int64_t from) const {
+    if (data != nullptr && from < width) __builtin_memset(data + from, 0, sizeof(S) * (width - from));
+  }
+};
+
+// A row of numbers to keep between two passes over a row; on the stack where it is short.
+template <class F>
+struct Scratch {
+  alignas(64) F small[2048 / sizeof(F)];
+  F* data = small;
+
+  explicit Scratch(int64_t count) {
+    if (count * sizeof(F) <= sizeof small) return;
+    if (posix_memalign(reinterpret_cast<void**>(&data), 64, count * sizeof(F)) != 0) abort();
+  }
+  Scratch(const Scratch&) = delete;
+  ~Scratch() {
+    if (data != small) free(data);
+  }
+};
+
+template <class F>
+void copy_numbers(void* to, int64_t at, const F* from, int count) {
+  if (to != nullptr) __builtin_memcpy(static_cast<F*>(to) + at, from, sizeof(F) * count);
+}
+
+template <class S>
+struct ComputeTypeOf {
+  using type = float;
+};
+template <>
+struct ComputeTypeOf<double> {
+  using type = double;
+};
+template <class S>
+using ComputeType = typename ComputeTypeOf<S>::type;
+
+// Calls Loss<F, S, T>::run(args, begin, end) with S and T the types in memory of student and teacher, F the type to compute in.
+template <class S, template <class, class, class> class Loss, class Args>
+void with_student(const Args& args, int64_t begin, int64_t end) {
+  switch (args.teacher.dtype) {
+    case DType::f64:
+      return Loss<double, S, double>::run(args, begin, end);
+    case DType::f32:
+      return Loss<ComputeType<S>, S, float>::run(args, begin, end);
+    case DType::bf16:
+      return Loss<ComputeType<S>, S, BF16>::run(args, begin, end);
+    case DType::f16:
+      return Loss<ComputeType<S>, S, F16>::run(args, begin, end);
+  }
+}
+template <template <class, class, class> class Loss, class Args>
+void with_types(const Args& args, int64_t begin, int64_t end) {
+  const FlushSubnormals flush;
+  switch (args.student.dtype) {
+    case DType::f64:
+      return with_student<double, Loss>(args, begin, end);
+    case DType::f32:
+      return with_student<float, Loss>(args, begin, end);
+    case DType::bf16:
+      return with_student<BF16, Loss>(args, begin, end);
+    case DType::f16:
+      return with_student<F16, Loss>(args, begin, end);
+  }
+}
+
+template <class F, class S>
+void scale_typed(void* out, const void* in, F factor, int64_t begin, int64_t end) {
+  using V = typename VecOf<F>::type;
+  const S* from = static_cast<const S*>(in) + begin;
+  S* to = static_cast<S*>(out) + begin;
+  for_each_vector<V>(end - begin, 0, [&](int64_t i, auto lanes) { store(to + i, load<V>(from + i, lanes, 0) * factor, lanes); });
+}
+void scale_gradient(void* out, const void* in, DType dtype, double factor, int64_t begin, int64_t end) {
+  const FlushSubnormals flush;
+  switch (dtype) {
+    case DType::f64:
+      return scale_typed<double, double>(out, in, factor, begin, end);
+    case DType::f32:
+      return scale_typed<float, float>(out, in, float(factor), begin, end);
+    case DType::bf16:
+      return scale_typed<float, BF16>(out, in, float(factor), begin, end);
+    case DType::f16:
+      return scale_typed<float, F16>(out, in, float(factor), begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace kdfast::cpu::KDFAST_ISA

@@ -1,0 +1,264 @@
+// One page of SIMD: what the kernels need of a vector, for the instruction set of the unit that includes it. A unit (isa_*.cpp)
+// first sets the compiler's target and defines KDFAST_ISA (a namespace, so that the linker keeps the units' code apart),
+// KDFAST_VECTOR_BYTES, and KDFAST_AVX2 or KDFAST_AVX512 where those intrinsics may be used. Everything else is GCC/Clang vector
+// extensions. No std:: function is called: an inline one could be kept from a unit that the machine cannot run.
+
+namespace kdfast::cpu::KDFAST_ISA {
+namespace {
+
+using math::Scalar;
+
+typedef float VecF __attribute__((vector_size(KDFAST_VECTOR_BYTES), may_alias));
+typedef double VecD __attribute__((vector_size(KDFAST_VECTOR_BYTES), may_alias));
+
+struct BF16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+template <class F>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef VecF type;
+  typedef int32_t Int __attribute__((vector_size(KDFAST_VECTOR_BYTES)));
+  static constexpr int mantissa = 23, lowest = -126;
+  static constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
+};
+template <>
+struct VecOf<double> {
+  typedef VecD type;
+  typedef int64_t Int __attribute__((vector_size(KDFAST_VECTOR_BYTES)));
+  static constexpr int mantissa = 52, lowest = -1022;
+  static constexpr double magic = 6755399441055744.0;
+};
+template <class V>
+using ScalarOf = typename Scalar<V>::type;
+template <class V>
+using IntOf = typename VecOf<ScalarOf<V>>::Int;
+template <class V>
+inline constexpr int kLanes = sizeof(V) / sizeof(ScalarOf<V>);
+
+// A whole vector, or its first n lanes.
+struct Full {};
+struct First {
+  int n;
+};
+
+template <class V>
+KDFAST_INLINE V splat(ScalarOf<V> x) {
+  return x - V{};
+}
+template <class V>
+KDFAST_INLINE V vmax(V a, V b) {
+#if defined(KDFAST_AVX512)
+  if constexpr (sizeof(ScalarOf<V>) == 4)
+    return _mm512_max_ps(a, b);
+  else
+    return _mm512_max_pd(a, b);
+#elif defined(KDFAST_AVX2)
+  if constexpr (sizeof(ScalarOf<V>) == 4)
+    return _mm256_max_ps(a, b);
+  else
+    return _mm256_max_pd(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+template <class Mask>
+KDFAST_INLINE bool any(Mask mask) {
+#if defined(KDFAST_AVX512)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;  // the sign bits of one half of a 64-bit lane are those of the other
+#elif defined(KDFAST_AVX2)
+  return _mm256_movemask_epi8((__m256i)mask) != 0;
+#else
+  typedef int64_t Words __attribute__((vector_size(KDFAST_VECTOR_BYTES)));
+  const Words w = (Words)mask;
+  int64_t all = 0;
+  for (unsigned i = 0; i < sizeof(w) / 8; ++i) all |= w[i];
+  return all != 0;
+#endif
+}
+// Pairwise, always in the same order.
+template <class V, class Op>
+KDFAST_INLINE ScalarOf<V> reduce(V v, Op op) {
+  ScalarOf<V> a[kLanes<V>];
+  __builtin_memcpy(a, &v, sizeof v);
+  for (int half = kLanes<V> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) a[i] = op(a[i], a[i + half]);
+  return a[0];
+}
+template <class V>
+KDFAST_INLINE ScalarOf<V> sum(V v) {
+  return reduce(v, [](auto a, auto b) { return a + b; });
+}
+
+// 2^x for x <= 0 (and a little above): exactly zero where `flush` and x is below the exponent range, else no less than the
+// smallest normal number.
+template <bool flush, class V>
+KDFAST_INLINE V exp2_nonpositive(V x) {
+  using F = ScalarOf<V>;
+  using T = VecOf<F>;
+  const V bounded = vmax(x, splat<V>(F(T::lowest)));
+  const V shifted = bounded + T::magic;
+  const V fraction = bounded - (shifted - T::magic);
+  const V mantissa = math::polynomial(fraction, math::Coefficients<F>::exp2);
+  const V result = (V)((IntOf<V>)mantissa + ((IntOf<V>)shifted << T::mantissa));
+  return flush ? (x < F(T::lowest) ? V{} : result) : result;
+}
+
+// Sixteen-bit formats: widened exactly, narrowed to nearest even. Written so that flushed subnormals (FlushSubnormals below) do
+// not touch a half's own subnormals.
+template <class V>
+struct Half {
+  typedef uint16_t Bits __attribute__((vector_size(2 * kLanes<V>)));
+  typedef uint32_t Words __attribute__((vector_size(4 * kLanes<V>)));
+  typedef float Floats __attribute__((vector_size(4 * kLanes<V>)));
+};
+template <class V>
+KDFAST_INLINE typename Half<V>::Floats widen(typename Half<V>::Bits h, BF16) {
+  return (typename Half<V>::Floats)(__builtin_convertvector(h, typename Half<V>::Words) << 16);
+}
+template <class V>
+KDFAST_INLINE typename Half<V>::Bits narrow(typename Half<V>::Floats x, BF16) {
+  using Words = typename Half<V>::Words;
+  const Words w = (Words)x;
+  const Words rounded = (w + 0x7FFFu + ((w >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(x == x ? rounded : Words{} + 0x7FC0u, typename Half<V>::Bits);
+}
+template <class V>
+KDFAST_INLINE typename Half<V>::Floats widen(typename Half<V>::Bits h, F16) {
+#if defined(KDFAST_AVX512)
+  if constexpr (sizeof(h) == 32) return (typename Half<V>::Floats)_mm512_cvtph_ps((__m256i)h);
+#endif
+#if defined(KDFAST_AVX2)
+  if constexpr (sizeof(h) == 16) return (typename Half<V>::Floats)_mm256_cvtph_ps((__m128i)h);
+#endif
+  using Words = typename Half<V>::Words;
+  using Floats = typename Half<V>::Floats;
+  const Words w = __builtin_convertvector(h, Words), magnitude = (w & 0x7FFFu) << 13, exponent = magnitude & (0x7C00u << 13);
+  const Words rebiased = magnitude + (112u << 23);
+  const Words subnormal = (Words)((Floats)(rebiased + (1u << 23)) - 0x1p-14f);
+  const Words finite = exponent == 0u ? subnormal : rebiased;
+  return (Floats)((w & 0x8000u) << 16 | (exponent == 0x7C00u << 13 ? magnitude | 0x7F800000u : finite));
+}
+template <class V>
+KDFAST_INLINE typename Half<V>::Bits narrow(typename Half<V>::Floats x, F16) {
+#if defined(KDFAST_AVX512)
+  if constexpr (sizeof(x) == 64) return (typename Half<V>::Bits)_mm512_cvtps_ph((__m512)x, 0);
+#endif
+#if defined(KDFAST_AVX2)
+  if constexpr (sizeof(x) == 32) return (typename Half<V>::Bits)_mm256_cvtps_ph((__m256)x, 0);
+#endif
+  using Words = typename Half<V>::Words;
+  using Floats = typename Half<V>::Floats;
+  const Words w = (Words)x, magnitude = w & 0x7FFFFFFFu;
+  const Words normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+  const Words subnormal = (Words)((Floats)magnitude + 0.5f) - (Words)(Floats{} + 0.5f);  // an ulp of 0.5 is a half's least number
+  const Words infinite = magnitude > 0x7F800000u ? Words{} + 0x7E00u : Words{} + 0x7C00u;
+  const Words small = magnitude < 113u << 23 ? subnormal : normal;
+  return __builtin_convertvector((w & 0x80000000u) >> 16 | (magnitude >= 0x477FF000u ? infinite : small),
+                                 typename Half<V>::Bits);
+}
+
+// Memory. S is the type in memory, float, double, BF16 or F16; V the vector computed with.
+template <class V, class S>
+KDFAST_INLINE V load(const S* p, Full) {
+  if constexpr (sizeof(S) == 2) {
+    typename Half<V>::Bits h;
+    __builtin_memcpy(&h, p, sizeof h);
+    return __builtin_convertvector(widen<V>(h, S{}), V);
+  } else {
+    S __attribute__((vector_size(sizeof(S) * kLanes<V>))) v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(v, V);
+  }
+}
+template <class V, class S>
+KDFAST_INLINE void store(S* p, V v, Full) {
+  if constexpr (sizeof(S) == 2) {
+    const auto h = narrow<V>(__builtin_convertvector(v, typename Half<V>::Floats), S{});
+    __builtin_memcpy(p, &h, sizeof h);
+  } else {
+    typedef S Out __attribute__((vector_size(sizeof(S) * kLanes<V>)));
+    const Out out = __builtin_convertvector(v, Out);
+    __builtin_memcpy(p, &out, sizeof out);
+  }
+}
+// Past the caches; p is aligned to a whole vector of S.
+template <class V, class S>
+KDFAST_INLINE void stream(S* p, V v) {
+  alignas(64) S out[kLanes<V>];
+  store(out, v, Full{});
+#if defined(KDFAST_AVX512)
+  if constexpr (sizeof(out) == 64) return _mm512_stream_si512((__m512i*)p, *(const __m512i_u*)out);
+#endif
+#if defined(KDFAST_AVX2)
+  if constexpr (sizeof(out) == 32) return _mm256_stream_si256((__m256i*)p, *(const __m256i_u*)out);
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(out) == 16) return _mm_stream_si128((__m128i*)p, *(const __m128i_u*)out);
+#endif
+  __builtin_memcpy(p, out, sizeof out);
+}
+template <class V>
+KDFAST_INLINE IntOf<V> lanes_below(int n) {
+  IntOf<V> lane;
+  for (int i = 0; i < kLanes<V>; ++i) lane[i] = i;
+  return lane < (ScalarOf<IntOf<V>>)n;
+}
+// The lanes from n on read as `fill`, and are not written.
+template <class V, class S>
+KDFAST_INLINE V load(const S* p, First first, ScalarOf<V> fill) {
+#if defined(KDFAST_AVX512)
+  const uint32_t mask = (1u << first.n) - 1;
+  if constexpr (sizeof(S) == 4 && sizeof(ScalarOf<V>) == 4) return (V)_mm512_mask_loadu_ps((__m512)splat<V>(fill), mask, p);
+  if constexpr (sizeof(S) == 2 && sizeof(ScalarOf<V>) == 4) {
+    const auto h = (typename Half<V>::Bits)_mm256_maskz_loadu_epi16(mask, p);
+    return (V)_mm512_mask_mov_ps((__m512)splat<V>(fill), mask, (__m512)widen<V>(h, S{}));
+  }
+#endif
+  S padded[kLanes<V>] = {};
+  __builtin_memcpy(padded, p, sizeof(S) * first.n);
+  return lanes_below<V>(first.n) ? load<V>(padded, Full{}) : splat<V>(fill);
+}
+template <class V, class S>
+KDFAST_INLINE V load(const S* p, Full, ScalarOf<V>) {
+  return load<V>(p, Full{});
+}
+template <class V, class S>
+KDFAST_INLINE void store(S* p, V v, First first) {
+#if defined(KDFAST_AVX512)
+  const uint32_t mask = (1u << first.n) - 1;
+  if constexpr (sizeof(S) == 4 && sizeof(ScalarOf<V>) == 4) return _mm512_mask_storeu_ps(p, mask, (__m512)v);
+  if constexpr (sizeof(S) == 2 && sizeof(ScalarOf<V>) == 4)
+    return _mm256_mask_storeu_epi16(p, mask, (__m256i)narrow<V>((typename Half<V>::Floats)v, S{}));
+#endif
+  S padded[kLanes<V>];
+  store(padded, v, Full{});
+  __builtin_memcpy(p, padded, sizeof(S) * first.n);
+}
+
+// Calls body(i, lanes) for every vector of a row: i its first class, lanes Full or, for the `head` classes before the vectors and
+// the last ones behind them, First.
+template <class V, class Body>
+KDFAST_INLINE void for_each_vector(int64_t classes, int64_t head, Body body) {
+  int64_t i = head < classes ? head : classes;
+  if (i > 0) body(0, First{int(i)});
+  for (; i + kLanes<V> <= classes; i += kLanes<V>) body(i, Full{});
+  if (i < classes) body(i, First{int(classes - i)});
+}
+
+// Subnormal results and operands read as zero while this lives: they cost a hundred cycles each and carry nothing a loss can show.
+struct FlushSubnormals {
+#if defined(__SSE2__)
+  unsigned saved = _mm_getcsr();
+  FlushSubnormals() { _mm_setcsr(saved | 0x8040u); }
+  ~FlushSubnormals() { _mm_setcsr(saved); }
+#endif
+};
+
+}  // namespace
+}  // namespace kdfast::cpu::KDFAST_ISA

@@ -1,0 +1,153 @@
+// Raw-pointer interface of every kernel, shared by the CPU and the CUDA side. No torch header is included here or in any kernel.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+// Forced inline: a unit compiled for one instruction set must not lend its copy of a function to another.
+#if defined(__CUDACC__)
+#define KDFAST_INLINE __host__ __device__ __forceinline__
+#else
+#define KDFAST_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace kdfast {
+
+enum class DType : int { f64, f32, bf16, f16 };
+enum class NumberType : int { f64, f32, bf16, f16, boolean, i32, i64 };
+
+// Divisor of a scalar reduction before weights and denominator are looked at; None keeps one value a row.
+enum class Reduction : int { None = 0, Sum = 1, Mean = 2, BatchMean = 3 };
+
+// Where row r of a (..., K) tensor starts: its leading dimensions, merged where their strides allow, outermost first.
+// Strides and offsets count elements. The class dimension has stride 1.
+struct RowLayout {
+  static constexpr int kMaxDims = 6;
+  int dims = 1;
+  int64_t size[kMaxDims] = {1};
+  int64_t stride[kMaxDims] = {0};
+
+  KDFAST_INLINE int64_t offset(int64_t row) const {
+    int64_t at = 0;
+    for (int d = dims - 1; d > 0; --d) {
+      const int64_t next = row / size[d];
+      at += (row - next * size[d]) * stride[d];
+      row = next;
+    }
+    return at + row * stride[0];
+  }
+};
+
+struct Logits {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  RowLayout rows;
+};
+
+// A gradient to write: every row has `width` columns; those from `classes` (in the arguments) on are written as zero.
+struct Gradient {
+  void* data = nullptr;  // nullptr: not wanted
+  DType dtype = DType::f32;
+  int64_t width = 0;
+  RowLayout rows;
+};
+
+// A vector of plain numbers of any dtype: row weights, a loss's incoming gradient, a denominator.
+struct Numbers {
+  const void* data = nullptr;
+  NumberType type = NumberType::f32;
+  int64_t stride = 1;  // 0: one number for all rows
+
+  template <class F>
+  KDFAST_INLINE F at(int64_t row, F if_absent) const {
+    if (data == nullptr) return if_absent;
+    const int64_t i = row * stride;
+    switch (type) {
+      case NumberType::f64:
+        return F(static_cast<const double*>(data)[i]);
+      case NumberType::f32:
+        return F(static_cast<const float*>(data)[i]);
+      case NumberType::bf16:
+        return F(from_bits(uint32_t(static_cast<const uint16_t*>(data)[i]) << 16));
+      case NumberType::f16: {
+        const uint32_t h = static_cast<const uint16_t*>(data)[i], magnitude = (h & 0x7FFFu) << 13;
+        const float x = magnitude >= 0x7C00u << 13   ? from_bits(magnitude | 0x7F800000u)
+                        : magnitude >= 0x0400u << 13 ? from_bits(magnitude + (112u << 23))
+                                                     : float(h & 0x3FFu) * 0x1p-24f;
+        return F(h & 0x8000u ? -x : x);
+      }
+      case NumberType::boolean:
+        return F(static_cast<const uint8_t*>(data)[i] != 0);
+      case NumberType::i32:
+        return F(static_cast<const int32_t*>(data)[i]);
+      case NumberType::i64:
+        return F(static_cast<const int64_t*>(data)[i]);
+    }
+    return if_absent;
+  }
+
+ private:
+  KDFAST_INLINE static float from_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+};
+
+// The compute type, F below, is double where a logit tensor is float64 and float otherwise.
+
+// softmax-KL at temperature tau, one value a row:  KL(softmax(teacher / teacher_tau) || softmax(student / tau)) * scale
+struct KlDivTauArgs {
+  Logits student, teacher;
+  int64_t rows = 0, classes = 0;
+  double tau = 1, teacher_tau = 1;
+  double scale = 1;  // tau * tau or 1
+  Numbers weight;  // data == nullptr: all ones. A row of weight 0 is not read.
+
+  // Forward. row_loss[r] = weight * scale * KL; row_stats[r * kKlStats ...] as KlStats lists them. Both of type F.
+  void* row_loss = nullptr;
+  void* row_stats = nullptr;  // nullptr: not wanted (forward), required (backward)
+
+  // Backward, and forward with gradient: the loss's derivative by the row's unweighted value is
+  // grad_loss[r] * grad_scale * weight[r].
+  Numbers grad_loss;  // data == nullptr: 1
+  double grad_scale = 1;
+  Gradient grad_student, grad_teacher;
+};
+
+// Sum of squared differences of the logits, one value a row:  scale * sum_k (d_k - c)^2,  d = student - teacher,
+// c = mean_k d_k if center else 0, and scale divided by the number of classes counted if per_class.
+struct LogitMseArgs {
+  Logits student, teacher;
+  int64_t rows = 0, classes = 0;
+  bool center = false;
+  bool per_class = false;
+  double scale = 1;
+  Numbers weight;  // data == nullptr: all ones. A row of weight 0 is not read.
+
+  void* row_loss = nullptr;
+  void* row_stats = nullptr;  // kMseStats a row, only with center
+
+  Numbers grad_loss;  // data == nullptr: 1
+  double grad_scale = 1;
+  Gradient grad_student, grad_teacher;
+};
+
+namespace cpu {
+
+// Rows [begin, end). Forward writes the gradients too where they are asked for; backward reads row_stats.
+void kl_div_tau_forward(const KlDivTauArgs& args, int64_t begin, int64_t end);
+void kl_div_tau_backward(const KlDivTauArgs& args, int64_t begin, int64_t end);
+void logit_mse_forward(const LogitMseArgs& args, int64_t begin, int64_t end);
+void logit_mse_backward(const LogitMseArgs& args, int64_t begin, int64_t end);
+
+// out[i] = in[i] * factor for i in [begin, end); out and in may be the same.
+void scale_gradient(void* out, const void* in, DType dtype, double factor, int64_t begin, int64_t end);
+
+// The instruction set in use: "baseline", "avx2" or "avx512". Chosen at the first call: the widest one this machine has, or the
+// one that the environment variable KDFAST_CPU_ISA names (std::invalid_argument where it cannot be had).
+const char* isa_name();
+bool isa_available(const char* name);
+
+}  // namespace cpu
+}  // namespace kdfast

@@ -1,0 +1,144 @@
+// The mathematics of the losses, written once for every device. A number type V is float or double on CUDA and a SIMD vector of
+// them on the CPU; conditions are written as `mask ? a : b`, which holds for both.
+//
+// softmax-KL at temperature tau without cancellation. For one row, with student logits s, teacher logits t and c = tau / teacher_tau:
+//
+//   w_k = exp((t_k - t_max) / teacher_tau)       S0 = sum w       p_k = w_k / S0
+//   v_k = exp((s_k - s_max) / tau)               Z  = sum v       q_k = v_k / Z
+//   x_k = ((s_k - offset) - c t_k - centre) / tau                 m  = sum w x / S0
+//   KL  = log(Z / S0) + rest - m                                  (plain form: an absolute error of one ulp of the logits)
+//   KL  = log1p(sum w phi(x - m) / S0),  phi(x) = exp(x) - 1 - x  (stable form: a relative error, used where KL < 1/2)
+//   q_k - p_k = p_k expm1(x_k - m - KL)                           (where that argument is below 1; else as written)
+//
+// The difference is taken before the division by tau, so that x is right to an ulp of the difference however large tau is.
+// `offset` is the row's shift between student and teacher (row_offset below), without which a shift of 100 costs the gradient six
+// bits; `centre` makes x zero at the teacher's largest logit.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "kernels.h"
+
+namespace kdfast {
+
+// What a forward pass leaves for a backward pass, in this order, for each row. For a KL this small a gradient needs p, q, m and KL
+// to full relative precision; the log-sum-exps alone (two numbers) would not give it.
+struct KlStat {
+  enum { t_max, s_max, offset, centre, mean, kl, inv_s0, inv_z, count };
+};
+
+struct MseStat {
+  enum { mean, inv_classes, count };
+};
+
+namespace math {
+
+template <class V>
+struct Scalar {
+  using type = __typeof__(V{}[0] + 0);
+};
+template <>
+struct Scalar<float> {
+  using type = float;
+};
+template <>
+struct Scalar<double> {
+  using type = double;
+};
+
+// Horner's rule; the coefficients ascend.
+template <class V, class F, int N>
+KDFAST_INLINE V polynomial(V x, const F (&c)[N]) {
+  V y = x * c[N - 1] + c[N - 2];
+  for (int i = N - 3; i >= 0; --i) y = y * x + c[i];
+  return y;
+}
+
+// Chebyshev interpolants on the interval named, to the precision of the type.
+template <class F>
+struct Coefficients;
+template <>
+struct Coefficients<float> {
+  // (e^x - 1 - x) / x^2 on [-1, 1]: 1.1e-7 relative
+  static constexpr float phi[] = {0.5f,          0.166666973f,   0.0416666972f,   0.00833088617f,
+                                  0.00138864477f, 0.000203290419f, 0.0000252884348f};
+  // 2^x on [-1/2, 1/2]: 2.5e-9 relative
+  static constexpr float exp2[] = {1.0f,           0.693147207f,   0.240226509f,  0.0555032723f,
+                                   0.00961805667f, 0.00134004282f, 0.000154614447f};
+};
+template <>
+struct Coefficients<double> {
+  // 1.5e-17 and 4.2e-18 relative
+  static constexpr double phi[] = {0.500000000000000006,   0.166666666666666667,   0.0416666666666660883,  0.00833333333333329936,
+                                   0.00138888888889814045, 0.000198412698413241979, 0.0000248015872460968169, 2.7557319191381817e-6,
+                                   2.75573350689337267e-7, 2.50521176959078236e-8, 2.08744355758642747e-9, 1.60576796238016377e-10,
+                                   1.16391941241505224e-11, 7.74617859301882749e-13};
+  static constexpr double exp2[] = {1.0,
+                                    0.693147180559945309,
+                                    0.240226506959101596,
+                                    0.055504108664821627,
+                                    0.00961812910758725667,
+                                    0.00133335581464064707,
+                                    0.000154035304637243542,
+                                    0.0000152527338415567726,
+                                    1.32154325359123762e-6,
+                                    1.01780570877339411e-7,
+                                    7.07419429728852101e-9,
+                                    4.45581790833606449e-10};
+};
+
+// Both for |x| <= 1, multiply-adds only.
+template <class V>
+KDFAST_INLINE V phi_series(V x) {
+  return x * x * polynomial(x, Coefficients<typename Scalar<V>::type>::phi);
+}
+template <class V>
+KDFAST_INLINE V expm1_series(V x) {
+  return x * x * polynomial(x, Coefficients<typename Scalar<V>::type>::phi) + x;
+}
+
+KDFAST_INLINE float log(float x) { return ::logf(x); }
+KDFAST_INLINE double log(double x) { return ::log(x); }
+KDFAST_INLINE float exp(float x) { return ::expf(x); }
+KDFAST_INLINE double exp(double x) { return ::exp(x); }
+KDFAST_INLINE float log1p(float x) { return ::log1pf(x); }
+KDFAST_INLINE double log1p(double x) { return ::log1p(x); }
+template <class F>
+KDFAST_INLINE F larger_magnitude(F a, F b) {
+  a = a < 0 ? -a : a;
+  b = b < 0 ? -b : b;
+  return a > b ? a : b;
+}
+// The power of two at or below x > 0 (0 for a subnormal).
+KDFAST_INLINE float power_of_two(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof x);
+  bits &= 0x7F800000u;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+KDFAST_INLINE double power_of_two(double x) {
+  uint64_t bits;
+  memcpy(&bits, &x, sizeof x);
+  bits &= 0x7FF0000000000000u;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// The shift `d` between student and teacher in units of 2^-7 of the power of two at or below `magnitude`, the size of the logits.
+// Being that coarse, subtracting it from a logit is exact but for logits far below it, and a shift smaller than that is left alone.
+template <class F>
+KDFAST_INLINE F row_offset(F d, F magnitude) {
+  constexpr F round = sizeof(F) == 4 ? F(12582912.0) : F(6755399441055744.0);  // 1.5 * 2^23, 1.5 * 2^52
+  const F big = round * (power_of_two(magnitude) / 128), offset = (d + big) - big;
+  return offset - offset == 0 ? offset : F(0);  // not finite: a row with infinities or NaN
+}
+
+// Below this value of the plain form the stable one is taken: there the plain one has lost a digit to cancellation, and the stable
+// one has no term above e^(1/2).
+inline constexpr double kStableBelow = 0.5;
+
+}  // namespace math
+}  // namespace kdfast

@@ -1,0 +1,430 @@
+// The map of the package: every operator's schema, its registration for each device, and what torch has to do with it. The
+// operators are private: kdfast/functional.py checks the arguments and kdfast/_ops.py gives them their gradients. Only torch's
+// stable ABI is used, so that one binary serves every torch from 2.13 on.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+#include "kl_math.h"
+
+namespace kdfast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- tensors to raw pointers -------------------------------------------------------------------------------------------------
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, "kdfast: logits must be float64, float32, bfloat16 or float16");
+  }
+}
+
+ScalarType accumulate_type(const Tensor& student, const Tensor& teacher) {
+  const bool wide = student.scalar_type() == ScalarType::Double || teacher.scalar_type() == ScalarType::Double;
+  return wide ? ScalarType::Double : ScalarType::Float;
+}
+
+int64_t rows_in(const Tensor& logits) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < logits.dim(); ++d) rows *= logits.size(d);
+  return rows;
+}
+
+// False where the leading dimensions do not merge into kMaxDims.
+bool merge_rows(const Tensor& logits, RowLayout& layout) {
+  const auto sizes = logits.sizes(), strides = logits.strides();
+  layout = RowLayout{};
+  int dims = 0;
+  for (int64_t d = 0; d + 1 < logits.dim(); ++d) {
+    if (sizes[d] == 1) continue;
+    if (dims > 0 && layout.stride[dims - 1] == sizes[d] * strides[d]) {
+      layout.size[dims - 1] *= sizes[d];
+      layout.stride[dims - 1] = strides[d];
+      continue;
+    }
+    if (dims == RowLayout::kMaxDims) return false;
+    layout.size[dims] = sizes[d];
+    layout.stride[dims++] = strides[d];
+  }
+  layout.dims = std::max(dims, 1);
+  return true;
+}
+
+Logits logits_of(Tensor& tensor) {
+  Logits logits;
+  if (!merge_rows(tensor, logits.rows)) {
+    tensor = torch::stable::contiguous(tensor);
+    merge_rows(tensor, logits.rows);
+  }
+  logits.data = tensor.data_ptr();
+  logits.dtype = dtype_of(tensor);
+  return logits;
+}
+
+Gradient gradient_of(const Tensor& tensor) {
+  Gradient gradient;
+  STD_TORCH_CHECK(merge_rows(tensor, gradient.rows), "kdfast: inplace_backward takes logits of at most ", RowLayout::kMaxDims,
+                  " leading dimensions that do not merge");
+  gradient.data = tensor.data_ptr();
+  gradient.dtype = dtype_of(tensor);
+  gradient.width = tensor.size(tensor.dim() - 1);
+  return gradient;
+}
+
+// One number a row, or one for all rows where `numel` is 1 or every stride is 0.
+Numbers numbers_of(const OptionalTensor& tensor, int64_t rows, const char* name) {
+  Numbers numbers;
+  if (!tensor) return numbers;
+  numbers.data = tensor->data_ptr();
+  const auto strides = tensor->strides();
+  const bool one = tensor->numel() == 1 || std::all_of(strides.begin(), strides.end(), [](int64_t s) { return s == 0; });
+  numbers.stride = one ? 0 : 1;
+  STD_TORCH_CHECK(one || (tensor->numel() == rows && tensor->is_contiguous()), "kdfast: ", name, " must be contiguous, one a row");
+  switch (tensor->scalar_type()) {
+    case ScalarType::Double:
+      numbers.type = NumberType::f64;
+      break;
+    case ScalarType::Float:
+      numbers.type = NumberType::f32;
+      break;
+    case ScalarType::BFloat16:
+      numbers.type = NumberType::bf16;
+      break;
+    case ScalarType::Half:
+      numbers.type = NumberType::f16;
+      break;
+    case ScalarType::Bool:
+      numbers.type = NumberType::boolean;
+      break;
+    case ScalarType::Int:
+      numbers.type = NumberType::i32;
+      break;
+    case ScalarType::Long:
+      numbers.type = NumberType::i64;
+      break;
+    default:
+      STD_TORCH_CHECK(false, "kdfast: ", name, " has a dtype that is not taken");
+  }
+  return numbers;
+}
+
+Tensor empty_like_device(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+                               like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return std::vector<int64_t>(sizes.begin(), sizes.end());
+}
+
+// A gradient for `input`, contiguous; an empty tensor where it is not wanted.
+Tensor new_gradient(const Tensor& input, bool wanted) {
+  return empty_like_device(input, wanted ? sizes_of(input) : std::vector<int64_t>{0}, input.scalar_type());
+}
+
+// ---- what every loss's operators share -----------------------------------------------------------------------------------------
+
+struct Options {
+  const OptionalTensor& row_weight;
+  const OptionalTensor& denominator;
+  std::optional<double> divisor;  // a denominator given as a number
+  Reduction reduction;
+};
+
+// Logits and options checked as far as memory safety needs it; user-facing checks are functional.py's.
+template <class Args>
+Args make_args(Tensor& student, Tensor& teacher, const Options& options, int64_t num_classes) {
+  STD_TORCH_CHECK(student.dim() >= 1 && student.dim() == teacher.dim(), "kdfast: student and teacher must have the same rank");
+  const int64_t last = student.dim() - 1;
+  for (int64_t d = 0; d < last; ++d)
+    STD_TORCH_CHECK(student.size(d) == teacher.size(d), "kdfast: student and teacher must have the same leading dimensions");
+  const int64_t classes = num_classes < 0 ? student.size(last) : num_classes;
+  STD_TORCH_CHECK(classes <= student.size(last) && classes <= teacher.size(last), "kdfast: num_classes exceeds the logits' width");
+  STD_TORCH_CHECK((student.stride(last) == 1 && teacher.stride(last) == 1) || classes <= 1,
+                  "kdfast: the class dimension must have stride 1");
+  STD_TORCH_CHECK(int(options.reduction) >= 0 && int(options.reduction) <= 3, "kdfast: unknown reduction");
+  Args args;
+  args.rows = rows_in(student);
+  args.classes = classes;
+  args.student = logits_of(student);
+  args.teacher = logits_of(teacher);
+  args.weight = numbers_of(options.row_weight, args.rows, "row_weight");
+  return args;
+}
+
+// The number that the sum over rows is divided by. `per_row`: how many elements a row counts for in a mean.
+double divisor_of(const Options& options, const Tensor& student, const Numbers& weight, int64_t rows, double per_row) {
+  if (options.divisor) return *options.divisor;
+  if (options.denominator) return numbers_of(options.denominator, 1, "denominator").at(0, 1.0);
+  switch (options.reduction) {
+    case Reduction::None:
+    case Reduction::Sum:
+      return 1;
+    case Reduction::BatchMean:
+      return student.dim() > 1 ? double(student.size(0)) : 1.0;
+    case Reduction::Mean:
+      break;
+  }
+  if (weight.data == nullptr || rows == 0) return double(rows) * per_row;
+  double total = 0;
+  for (int64_t r = 0; r < rows; ++r) total += weight.at(r, 1.0);
+  return total == 0 ? 1 : total * per_row;  // every row masked: 0 / 1
+}
+
+template <class F>
+double sum_of(const void* values, int64_t count) {
+  double total = 0;
+  for (int64_t i = 0; i < count; ++i) total += static_cast<const F*>(values)[i];
+  return total;
+}
+
+// Below this many logit pairs a call is not worth splitting over threads.
+constexpr int64_t kPairsPerTask = 32768;
+
+template <class Args, class Kernel>
+void for_rows(const Args& args, Kernel kernel) {
+  const int64_t grain = std::max<int64_t>(1, kPairsPerTask / std::max<int64_t>(1, args.classes));
+  if (args.rows <= grain) return kernel(args, 0, args.rows);
+  torch::stable::parallel_for(0, args.rows, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+// Runs a forward kernel and reduces its row losses.
+template <class Args, class Kernel>
+Tensor reduced_loss(Args& args, const Tensor& student, ScalarType type, Reduction reduction, double divisor, Kernel kernel) {
+  if (reduction == Reduction::None) {
+    std::vector<int64_t> sizes = sizes_of(student);
+    sizes.pop_back();
+    Tensor loss = empty_like_device(student, sizes, type);
+    args.row_loss = loss.data_ptr();
+    for_rows(args, kernel);
+    return loss;
+  }
+  const bool wide = type == ScalarType::Double;
+  std::vector<double> row_loss(wide ? args.rows : (args.rows + 1) / 2);
+  args.row_loss = row_loss.data();
+  for_rows(args, kernel);
+  const double loss = (wide ? sum_of<double>(args.row_loss, args.rows) : sum_of<float>(args.row_loss, args.rows)) / divisor;
+  Tensor result = empty_like_device(student, {}, type);
+  if (wide)
+    *static_cast<double*>(result.data_ptr()) = loss;
+  else
+    *static_cast<float*>(result.data_ptr()) = float(loss);
+  return result;
+}
+
+// The three kinds of operator, the same for every loss. `Loss` names its arguments, kernels and statistics.
+template <class Loss>
+struct CpuOps {
+  using Args = typename Loss::Args;
+
+  static std::tuple<Tensor, Tensor> forward(const Loss& loss, Tensor student, Tensor teacher, const Options& options,
+                                            int64_t num_classes) {
+    Args args = make_args<Args>(student, teacher, options, num_classes);
+    loss.fill(args);
+    const ScalarType type = accumulate_type(student, teacher);
+    Tensor stats = empty_like_device(student, {args.rows, loss.stats()}, type);
+    if (loss.stats() > 0) args.row_stats = stats.data_ptr();
+    const double divisor = divisor_of(options, student, args.weight, args.rows, loss.per_row(args));
+    Tensor value = reduced_loss(args, student, type, options.reduction, divisor, Loss::forward);
+    return {value, stats};
+  }
+
+  static std::tuple<Tensor, Tensor> forward_grad(const Loss& loss, Tensor student, Tensor teacher, const Options& options,
+                                                 int64_t num_classes) {
+    STD_TORCH_CHECK(options.reduction != Reduction::None, "kdfast: a gradient in forward needs a scalar loss");
+    Args args = make_args<Args>(student, teacher, options, num_classes);
+    loss.fill(args);
+    const double divisor = divisor_of(options, student, args.weight, args.rows, loss.per_row(args));
+    Tensor gradient = new_gradient(student, true);
+    args.grad_student = gradient_of(gradient);
+    args.grad_scale = 1 / divisor;
+    Tensor value = reduced_loss(args, student, accumulate_type(student, teacher), options.reduction, divisor, Loss::forward);
+    return {value, gradient};
+  }
+
+  static void backward_into(const Loss& loss, const Tensor& grad_loss, Tensor student, Tensor teacher, const Tensor& stats,
+                            const Options& options, int64_t num_classes, const Tensor* grad_student, const Tensor* grad_teacher) {
+    Args args = make_args<Args>(student, teacher, options, num_classes);
+    loss.fill(args);
+    STD_TORCH_CHECK(stats.scalar_type() == accumulate_type(student, teacher) && stats.is_contiguous() &&
+                        stats.numel() == args.rows * loss.stats(),
+                    "kdfast: row_stats is not what the forward operator returned for these logits");
+    if (loss.stats() > 0) args.row_stats = stats.data_ptr();
+    args.grad_loss = numbers_of(grad_loss, args.rows, "grad_loss");
+    args.grad_scale = 1 / divisor_of(options, student, args.weight, args.rows, loss.per_row(args));
+    if (grad_student) args.grad_student = gradient_of(*grad_student);
+    if (grad_teacher) args.grad_teacher = gradient_of(*grad_teacher);
+    for_rows(args, Loss::backward);
+  }
+
+  static std::tuple<Tensor, Tensor> backward(const Loss& loss, const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
+                                             const Tensor& stats, const Options& options, int64_t num_classes, bool for_student,
+                                             bool for_teacher) {
+    Tensor grad_student = new_gradient(student, for_student), grad_teacher = new_gradient(teacher, for_teacher);
+    backward_into(loss, grad_loss, student, teacher, stats, options, num_classes, for_student ? &grad_student : nullptr,
+                  for_teacher ? &grad_teacher : nullptr);
+    return {grad_student, grad_teacher};
+  }
+
+  static Tensor backward_inplace(const Loss& loss, const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
+                                 const Tensor& stats, const Options& options, int64_t num_classes, bool for_teacher) {
+    Tensor grad_teacher = new_gradient(teacher, for_teacher);
+    backward_into(loss, grad_loss, student, teacher, stats, options, num_classes, &student, for_teacher ? &grad_teacher : nullptr);
+    return grad_teacher;
+  }
+};
+
+// ---- kl_div_tau ----------------------------------------------------------------------------------------------------------------
+
+struct KlDivTau {
+  using Args = KlDivTauArgs;
+  static constexpr auto forward = cpu::kl_div_tau_forward;
+  static constexpr auto backward = cpu::kl_div_tau_backward;
+
+  double tau, teacher_tau;
+  bool scale_by_tau_squared;
+
+  void fill(Args& args) const {
+    args.tau = tau;
+    args.teacher_tau = teacher_tau;
+    args.scale = scale_by_tau_squared ? tau * tau : 1;
+  }
+  static int64_t stats() { return KlStat::count; }
+  static double per_row(const Args&) { return 1; }
+};
+
+// ---- logit_mse -----------------------------------------------------------------------------------------------------------------
+
+struct LogitMse {
+  using Args = LogitMseArgs;
+  static constexpr auto forward = cpu::logit_mse_forward;
+  static constexpr auto backward = cpu::logit_mse_backward;
+
+  bool center;
+  bool tau_limit;  // 0.5 / K times the centred sum: kl_div_tau at tau = infinity
+
+  void fill(Args& args) const {
+    args.center = center;
+    args.per_class = tau_limit;
+    args.scale = tau_limit ? 0.5 : 1;
+  }
+  int64_t stats() const { return center ? MseStat::count : 0; }
+  double per_row(const Args& args) const { return tau_limit ? 1 : double(args.classes); }
+};
+
+// ---- operators -----------------------------------------------------------------------------------------------------------------
+//
+// Every loss has four:
+//   X_forward           -> (loss, row_stats)       the loss, reduced; what the backward needs to know of each row
+//   X_forward_grad      -> (loss, grad_student)    the same and the student's gradient for grad_loss = 1, from one read of the logits
+//   X_backward          -> (grad_student, grad_teacher)    each an empty tensor where it is not wanted
+//   X_backward_inplace  -> grad_teacher            the student's gradient overwrites its logits
+// `row_weight` one number a row; `denominator` (a tensor) or `divisor` (a number) replaces the reduction's own divisor; `reduction`
+// as kernels.h numbers it; `num_classes` -1: all columns.
+
+#define KDFAST_COMMON                                                                                                     \
+  const OptionalTensor &row_weight, const OptionalTensor &denominator, std::optional<double> divisor, int64_t reduction, \
+      int64_t num_classes
+#define KDFAST_OPTIONS Options{row_weight, denominator, divisor, Reduction(reduction)}, num_classes
+#define KDFAST_COMMON_SCHEMA "Tensor? row_weight, Tensor? denominator, float? divisor, int reduction, int num_classes"
+
+// The four functions of one loss. PARAMETERS: the loss's own, in parentheses; VALUES: the Loss made of them.
+#define KDFAST_UNWRAP(...) __VA_ARGS__
+#define KDFAST_LOSS(NAME, LOSS, PARAMETERS, VALUES)                                                                                 \
+  std::tuple<Tensor, Tensor> NAME##_forward(const Tensor& student, const Tensor& teacher, KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS) { \
+    return CpuOps<LOSS>::forward(LOSS{KDFAST_UNWRAP VALUES}, student, teacher, KDFAST_OPTIONS);                                     \
+  }                                                                                                                                 \
+  std::tuple<Tensor, Tensor> NAME##_forward_grad(const Tensor& student, const Tensor& teacher, KDFAST_COMMON,                       \
+                                                 KDFAST_UNWRAP PARAMETERS) {                                                        \
+    return CpuOps<LOSS>::forward_grad(LOSS{KDFAST_UNWRAP VALUES}, student, teacher, KDFAST_OPTIONS);                                \
+  }                                                                                                                                 \
+  std::tuple<Tensor, Tensor> NAME##_backward(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,                 \
+                                             const Tensor& row_stats, KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS, bool for_student,    \
+                                             bool for_teacher) {                                                                    \
+    return CpuOps<LOSS>::backward(LOSS{KDFAST_UNWRAP VALUES}, grad_loss, student, teacher, row_stats, KDFAST_OPTIONS, for_student,  \
+                                  for_teacher);                                                                                     \
+  }                                                                                                                                 \
+  Tensor NAME##_backward_inplace(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher, const Tensor& row_stats,    \
+                                 KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS, bool for_teacher) {                                       \
+    return CpuOps<LOSS>::backward_inplace(LOSS{KDFAST_UNWRAP VALUES}, grad_loss, student, teacher, row_stats, KDFAST_OPTIONS,       \
+                                          for_teacher);                                                                             \
+  }
+
+KDFAST_LOSS(kl_div_tau, KlDivTau, (double tau, double teacher_tau, bool scale_by_tau_squared), (tau, teacher_tau, scale_by_tau_squared))
+KDFAST_LOSS(logit_mse, LogitMse, (bool center, bool tau_limit), (center, tau_limit))
+
+void scale_into(const Tensor& out, const Tensor& gradient, const Tensor& grad_loss) {
+  STD_TORCH_CHECK(gradient.is_contiguous() && grad_loss.numel() == 1, "kdfast: a contiguous gradient and one factor are taken");
+  const double factor = numbers_of(grad_loss, 1, "grad_loss").at(0, 1.0);
+  if (factor == 1 && out.data_ptr() == gradient.data_ptr()) return;
+  torch::stable::parallel_for(0, gradient.numel(), 2 * kPairsPerTask, [&](int64_t begin, int64_t end) {
+    cpu::scale_gradient(out.data_ptr(), gradient.data_ptr(), dtype_of(gradient), factor, begin, end);
+  });
+}
+Tensor scale_gradient(const Tensor& gradient, const Tensor& grad_loss) {
+  Tensor out = new_gradient(gradient, true);
+  scale_into(out, gradient, grad_loss);
+  return out;
+}
+void scale_gradient_inplace(const Tensor& gradient, const Tensor& grad_loss) { scale_into(gradient, gradient, grad_loss); }
+
+}  // namespace
+}  // namespace kdfast
+
+#define KDFAST_SCHEMAS(NAME, PARAMETERS)                                                                                           \
+  library.def(NAME "_forward(Tensor student, Tensor teacher, " KDFAST_COMMON_SCHEMA ", " PARAMETERS ") -> (Tensor, Tensor)");      \
+  library.def(NAME "_forward_grad(Tensor student, Tensor teacher, " KDFAST_COMMON_SCHEMA ", " PARAMETERS ") -> (Tensor, Tensor)"); \
+  library.def(NAME "_backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor row_stats, " KDFAST_COMMON_SCHEMA           \
+                   ", " PARAMETERS ", bool for_student, bool for_teacher) -> (Tensor, Tensor)");                                   \
+  library.def(NAME "_backward_inplace(Tensor grad_loss, Tensor(a!) student, Tensor teacher, Tensor row_stats, "                    \
+                   KDFAST_COMMON_SCHEMA ", " PARAMETERS ", bool for_teacher) -> Tensor");
+
+#define KDFAST_REGISTER(NAME)                                                    \
+  library.impl(#NAME "_forward", TORCH_BOX(&kdfast::NAME##_forward));            \
+  library.impl(#NAME "_forward_grad", TORCH_BOX(&kdfast::NAME##_forward_grad)); \
+  library.impl(#NAME "_backward", TORCH_BOX(&kdfast::NAME##_backward));          \
+  library.impl(#NAME "_backward_inplace", TORCH_BOX(&kdfast::NAME##_backward_inplace));
+
+STABLE_TORCH_LIBRARY(kdfast, library) {
+  KDFAST_SCHEMAS("kl_div_tau", "float tau, float teacher_tau, bool scale_by_tau_squared")
+  KDFAST_SCHEMAS("logit_mse", "bool center, bool tau_limit")
+  library.def("scale_gradient(Tensor gradient, Tensor grad_loss) -> Tensor");
+  library.def("scale_gradient_inplace(Tensor(a!) gradient, Tensor grad_loss) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, library) {
+  KDFAST_REGISTER(kl_div_tau)
+  KDFAST_REGISTER(logit_mse)
+  library.impl("scale_gradient", TORCH_BOX(&kdfast::scale_gradient));
+  library.impl("scale_gradient_inplace", TORCH_BOX(&kdfast::scale_gradient_inplace));
+}

@@ -1,0 +1,11 @@
+"""Fused knowledge-distillation losses on raw logits: one call, forward and backward in one pass, right at every temperature.
+
+>>> loss = kdfast.kl_div_tau(student_logits, teacher_logits, tau=4.0)
+>>> loss.backward()
+"""
+
+from kdfast._load import __version__
+from kdfast.functional import kl_div_tau, logit_mse
+from kdfast.modules import KLDivTau, LogitMSE
+
+__all__ = ["KLDivTau", "LogitMSE", "__version__", "kl_div_tau", "logit_mse"]

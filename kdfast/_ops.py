@@ -1,0 +1,194 @@
+"""The operators of csrc/ops.cpp as torch sees them: shapes for tracing, and gradients.
+
+The operators themselves are not differentiable. One autograd.Function for all losses stands outside them; transforms that it cannot
+serve (functorch's levels, forward-mode AD, create_graph) go to reference.py, which torch differentiates.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from kdfast import reference
+
+# row_weight, denominator as a tensor, denominator as a number, reduction, num_classes
+Options = tuple[Tensor | None, Tensor | None, float | None, int, int]
+Parameters = tuple[float | bool, ...]
+
+
+class Loss(NamedTuple):
+    """One loss: its operators, the numbers a row that its forward leaves for its backward, its definition in plain torch."""
+
+    forward: Any
+    forward_grad: Any
+    backward: Any
+    backward_inplace: Any
+    row_stats: Callable[..., int]
+    reference: Callable[..., Tensor]
+
+
+def _loss(name: str, row_stats: Callable[..., int], definition: Callable[..., Tensor]) -> Loss:
+    ops = torch.ops.kdfast
+    kinds = ("forward", "forward_grad", "backward", "backward_inplace")
+    return Loss(*(getattr(ops, f"{name}_{kind}").default for kind in kinds), row_stats, definition)
+
+
+KL_DIV_TAU = _loss("kl_div_tau", lambda tau, teacher_tau, scale_by_tau_squared: 8, reference.kl_div_tau)
+LOGIT_MSE = _loss("logit_mse", lambda center, tau_limit: 2 if center else 0, reference.logit_mse)
+LOSSES = (KL_DIV_TAU, LOGIT_MSE)
+
+scale_gradient = torch.ops.kdfast.scale_gradient.default
+scale_gradient_inplace = torch.ops.kdfast.scale_gradient_inplace.default
+
+
+def transformed() -> bool:
+    """Whether a functorch transform or forward-mode AD is active, which the operators cannot serve. (Private names of torch.)"""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def apply(
+    loss: Loss, student: Tensor, teacher: Tensor, options: Options, parameters: Parameters, inplace: bool
+) -> Tensor:
+    """Runs a loss's kernels, under autograd where a gradient is required."""
+    if not (torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)):
+        value: Tensor = loss.forward(student, teacher, *options, *parameters)[0]
+        return value
+    # The student's gradient alone, of a scalar, is written during the forward. Not in float16, where a gradient that GradScaler has
+    # not scaled yet underflows.
+    in_forward = not (teacher.requires_grad or options[3] == 0 or student.dtype == torch.float16 or inplace)
+    row_weight, denominator, *numbers = options
+    result: Tensor = _Function.apply(
+        student, teacher, row_weight, denominator, LOSSES.index(loss), tuple(numbers), parameters, in_forward, inplace
+    )
+    return result
+
+
+class _Function(torch.autograd.Function):
+    """Takes ctx in forward: a separate setup_context costs 20 us a call."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        row_weight: Tensor | None,
+        denominator: Tensor | None,
+        index: int,
+        numbers: tuple[float | None, int, int],
+        parameters: Parameters,
+        in_forward: bool,
+        inplace: bool,
+    ) -> Tensor:
+        loss = LOSSES[index]
+        kernel = loss.forward_grad if in_forward else loss.forward
+        value, kept = kernel(student, teacher, row_weight, denominator, *numbers, *parameters)
+        ctx.save_for_backward(student, teacher, row_weight, denominator, kept)
+        ctx.call = (loss, numbers, parameters, in_forward, inplace)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        student, teacher, row_weight, denominator, kept = ctx.saved_tensors
+        loss, numbers, parameters, in_forward, inplace = ctx.call
+        for_student, for_teacher = ctx.needs_input_grad[:2]
+        options = (row_weight, denominator, *numbers)
+        grad_student = grad_teacher = None
+        if torch.is_grad_enabled():  # create_graph: the gradient must be differentiable itself
+            grad_student, grad_teacher = _reference_gradients(
+                loss, grad_loss, student, teacher, options, parameters, for_student, for_teacher
+            )
+        elif in_forward:
+            grad_student = _scaled(kept, grad_loss)
+        elif inplace and for_student:
+            grad_teacher = loss.backward_inplace(
+                _row_numbers(grad_loss), student, teacher, kept, *options, *parameters, for_teacher
+            )
+            torch.autograd.graph.increment_version(student)
+            grad_student = student.detach()
+        else:
+            grad_student, grad_teacher = loss.backward(
+                _row_numbers(grad_loss), student, teacher, kept, *options, *parameters, for_student, for_teacher
+            )
+        return (
+            grad_student if for_student else None,
+            grad_teacher if for_teacher else None,
+            *(None,) * 7,
+        )
+
+
+def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+    """gradient * grad_loss: in place where this backward is the saved gradient's last use, which leaves it alone where grad_loss is 1."""
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        scaled: Tensor = scale_gradient(gradient, grad_loss)
+        return scaled
+    scale_gradient_inplace(gradient, grad_loss)
+    return gradient
+
+
+def _row_numbers(grad_loss: Tensor) -> Tensor:
+    """A form the kernels read: contiguous, or one number for all rows."""
+    return grad_loss if grad_loss.is_contiguous() or not any(grad_loss.stride()) else grad_loss.contiguous()
+
+
+def _reference_gradients(
+    loss: Loss,
+    grad_loss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    options: Options,
+    parameters: Parameters,
+    for_student: bool,
+    for_teacher: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    wanted = [logits for logits, needed in ((student, for_student), (teacher, for_teacher)) if needed]
+    value = loss.reference(student, teacher, *options, *parameters)
+    gradients = list(torch.autograd.grad(value, wanted, grad_loss, create_graph=True))
+    grad_student = gradients.pop(0) if for_student else None
+    return grad_student, gradients.pop(0) if for_teacher else None
+
+
+def _register_fakes(loss: Loss) -> None:
+    """Shapes and dtypes of what the operators return, for tracing."""
+
+    def accumulate(student: Tensor, teacher: Tensor) -> torch.dtype:
+        return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+
+    def loss_shape(student: Tensor, reduction: int) -> torch.Size:
+        return student.shape[:-1] if reduction == 0 else torch.Size(())
+
+    def gradient(logits: Tensor, wanted: bool) -> Tensor:
+        return logits.new_empty(logits.shape if wanted else (0,))
+
+    def forward(
+        student: Tensor, teacher: Tensor, row_weight: Any, denominator: Any, divisor: Any, reduction: int, num_classes: int, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        dtype = accumulate(student, teacher)
+        rows = student.shape[:-1].numel()
+        return (
+            student.new_empty(loss_shape(student, reduction), dtype=dtype),
+            student.new_empty((rows, loss.row_stats(*rest)), dtype=dtype),
+        )
+
+    def forward_grad(
+        student: Tensor, teacher: Tensor, row_weight: Any, denominator: Any, divisor: Any, reduction: int, num_classes: int, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        value = student.new_empty((), dtype=accumulate(student, teacher))
+        return value, gradient(student, True)
+
+    def backward(grad_loss: Tensor, student: Tensor, teacher: Tensor, row_stats: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        for_student, for_teacher = rest[-2:]
+        return gradient(student, for_student), gradient(teacher, for_teacher)
+
+    def backward_inplace(grad_loss: Tensor, student: Tensor, teacher: Tensor, row_stats: Tensor, *rest: Any) -> Tensor:
+        return gradient(teacher, rest[-1])
+
+    for operator, fake in zip(loss[:4], (forward, forward_grad, backward, backward_inplace), strict=True):
+        torch.library.register_fake(operator.name())(fake)
+
+
+for _each in LOSSES:
+    _register_fakes(_each)
+torch.library.register_fake("kdfast::scale_gradient")(lambda gradient, grad_loss: torch.empty_like(gradient))
+torch.library.register_fake("kdfast::scale_gradient_inplace")(lambda gradient, grad_loss: None)

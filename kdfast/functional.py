@@ -1,0 +1,319 @@
+"""The losses. Each takes raw logits of shape (..., K), checks every argument before anything is computed, and chooses a backend."""
+
+import math
+import numbers
+import os
+import warnings
+
+import torch
+from torch import Tensor
+
+from kdfast import _ops
+from kdfast._load import HAS_CUDA_KERNELS
+
+Number = float | int
+
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}  # as csrc/kernels.h numbers them
+BACKENDS = ("auto", "cpp", "triton", "reference")
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DENOMINATOR_DTYPES = (*LOGIT_DTYPES, torch.int64, torch.int32)
+
+SMALLEST_TAU = 1e-15
+# From here on a float32 computation takes the limit itself: the loss differs from it by less than |s - t| / tau, and tau**2 nears
+# the end of the exponent range.
+LIMIT_TAU = 1e10
+
+
+def kl_div_tau(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    tau: Number = 1.0,
+    *,
+    teacher_tau: Number | None = None,
+    scale_by_tau_squared: bool = True,
+    reduction: str = "batchmean",
+    row_weight: Tensor | None = None,
+    denominator: Number | Tensor | None = None,
+    num_classes: int | None = None,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Softmax-KL divergence at temperature tau, the distillation loss of Hinton et al. (2015).
+
+    For each row: ``tau**2 * KL(softmax(teacher / tau) || softmax(student / tau))``, accurate to a few units in the last place of
+    float32 at every tau, infinity included (Kim et al., IJCAI 2021: the loss tends to logit matching as tau grows, to label
+    matching as it shrinks).
+
+    Args:
+        student_logits: (..., K), at least one leading dimension; float64, float32, bfloat16 or float16. Leading dimensions may be
+            strided; a class dimension of another stride than 1 is copied, once.
+        teacher_logits: (..., K), the same leading dimensions and device, any of these dtypes. Its gradient is computed if required.
+        tau: temperature, a number >= 1e-15. ``math.inf`` is the exact limit: half the variance over the classes of
+            student - teacher.
+        teacher_tau: the teacher's own temperature; None: tau.
+        scale_by_tau_squared: multiply by tau**2, which keeps gradients of one size over tau.
+        reduction: "none": one value a row, shape (...). "sum". "mean": over rows, weighted by row_weight where given.
+            "batchmean": the sum divided by student_logits.size(0), as torch.nn.KLDivLoss defines it, whatever the weights.
+            Of no rows at all, "sum" is 0 and both means are NaN, as torch's.
+        row_weight: (...), bool mask or floating weights. A row of weight 0 contributes nothing, whatever it holds, and gets a zero
+            gradient. All rows masked: the loss is 0.
+        denominator: a positive number, or a 0-d tensor on the logits' device, that replaces the divisor of a scalar reduction.
+        num_classes: use the first num_classes columns only (a padded vocabulary); the others get a zero gradient.
+        inplace_backward: the backward pass overwrites student_logits with its gradient: no memory beyond O(rows). Taken for
+            non-leaf logits only; whoever else needs them gets autograd's error about an in-place change.
+        backend: "auto", "cpp" (C++ on the CPU, CUDA C++ on a GPU), "triton" or "reference" (plain torch). The environment variable
+            KDFAST_BACKEND, read at import, replaces "auto".
+
+    Returns:
+        The loss, float32 (float64 where either input is), 0-d or of shape (...). Classes at -inf are legal: in the teacher they
+        contribute 0, on both sides 0 with a zero gradient, in the student alone the loss is +inf. NaN stays in its row.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is taken.
+    """
+    _check_logits(student_logits, teacher_logits)
+    tau = _temperature("tau", tau)
+    teacher_tau = tau if teacher_tau is None else _temperature("teacher_tau", teacher_tau)
+    if math.isinf(tau) or math.isinf(teacher_tau):
+        if teacher_tau != tau:
+            raise ValueError(f"teacher_tau must equal tau where either is infinite; got tau={tau} and teacher_tau={teacher_tau}")
+        if not scale_by_tau_squared:
+            raise ValueError("scale_by_tau_squared must be true at tau=inf: without the factor the limit is identically 0")
+    loss, parameters = _ops.KL_DIV_TAU, (tau, teacher_tau, bool(scale_by_tau_squared))
+    if tau >= LIMIT_TAU and teacher_tau == tau and scale_by_tau_squared:
+        wide = torch.float64 in (student_logits.dtype, teacher_logits.dtype)
+        if math.isinf(tau) or not wide:
+            loss, parameters = _ops.LOGIT_MSE, (True, True)
+    return _call(
+        loss, parameters, student_logits, teacher_logits, reduction, row_weight, denominator, num_classes, inplace_backward, backend
+    )
+
+
+def logit_mse(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    center: bool = False,
+    reduction: str = "mean",
+    row_weight: Tensor | None = None,
+    denominator: Number | Tensor | None = None,
+    num_classes: int | None = None,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Squared difference of the logits: direct logit matching (Ba & Caruana, 2014; Kim et al., IJCAI 2021).
+
+    For each row: the sum over classes of ``(student - teacher)**2``. With the default reduction it equals
+    ``torch.nn.functional.mse_loss``. Arguments, result and errors are those of :func:`kl_div_tau`, but for:
+
+    Args:
+        center: remove each row's mean difference first. 0.5 / K times a row's centred sum is the limit of kl_div_tau as tau grows.
+        reduction: "mean" divides by rows * K (by K times the sum of row_weight, where given); "none" and the others as for kl_div_tau.
+            A denominator replaces the whole divisor, K included.
+
+    A class at -inf on both sides contributes nothing, and does not count in the mean difference; on one side alone the loss is +inf.
+    """
+    _check_logits(student_logits, teacher_logits)
+    return _call(
+        _ops.LOGIT_MSE,
+        (bool(center), False),
+        student_logits,
+        teacher_logits,
+        reduction,
+        row_weight,
+        denominator,
+        num_classes,
+        inplace_backward,
+        backend,
+    )
+
+
+def _temperature(name: str, value: object) -> float:
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise ValueError(f"{name} gets no gradient; got a tensor that requires grad. Pass a number, or {name}.item()")
+        raise TypeError(f"{name} must be a number, not a tensor (reading it would wait for the device); pass {name}.item()")
+    if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
+        raise TypeError(f"{name} must be a number >= {SMALLEST_TAU} or math.inf; got {type(value).__name__}")
+    if not value >= SMALLEST_TAU:
+        raise ValueError(f"{name} must be a number >= {SMALLEST_TAU} or math.inf; got {value}")
+    return float(value)
+
+
+def _call(
+    loss: _ops.Loss,
+    parameters: tuple[float | bool, ...],
+    student: Tensor,
+    teacher: Tensor,
+    reduction: str,
+    row_weight: Tensor | None,
+    denominator: Number | Tensor | None,
+    num_classes: int | None,
+    inplace: bool,
+    backend: str,
+) -> Tensor:
+    """Checks the options that the losses have in common, and runs one of them."""
+    code = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
+    if code is None:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}")
+    if row_weight is not None:
+        row_weight = _check_row_weight(row_weight, student)
+    divisor = None
+    if denominator is not None:
+        divisor, denominator = _check_denominator(denominator, student, reduction)
+    num_classes = _check_num_classes(num_classes, student, teacher)
+    backend = _resolve_backend(backend, student)
+    if inplace:
+        _check_inplace(student, backend)
+    elif student.stride(-1) != 1:
+        student = student.contiguous()
+    if teacher.stride(-1) != 1:
+        teacher = teacher.contiguous()
+    options = (row_weight, denominator, divisor, code, num_classes)
+    if backend == "reference" or _ops.transformed():
+        return loss.reference(student, teacher, *options, *parameters)
+    return _ops.apply(loss, student, teacher, options, parameters, inplace)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}"
+
+
+def _check_logits(student: Tensor, teacher: Tensor) -> None:
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor; got {type(logits).__name__}")
+        if logits.dtype not in LOGIT_DTYPES:
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {logits.dtype}")
+        if logits.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor; got layout {logits.layout}")
+        if logits.dim() < 2:
+            raise ValueError(f"{name} must have shape (..., K) with at least one leading dimension; got {_describe(logits)}")
+        if logits.shape[-1] == 0:
+            raise ValueError(f"{name} must have at least one class (the last dimension); got {_describe(logits)}")
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            "student_logits and teacher_logits must have the same leading dimensions; "
+            f"got student_logits of {_describe(student)} and teacher_logits of {_describe(teacher)}"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            "student_logits and teacher_logits must be on one device; "
+            f"got student_logits on {student.device} and teacher_logits on {teacher.device}"
+        )
+
+
+def _check_num_classes(num_classes: int | None, student: Tensor, teacher: Tensor) -> int:
+    """-1: all columns."""
+    widths = student.shape[-1], teacher.shape[-1]
+    if num_classes is None:
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"student_logits have {widths[0]} classes and teacher_logits {widths[1]}; "
+                "pass num_classes to use the first num_classes columns of both (padded vocabularies)"
+            )
+        return -1
+    if isinstance(num_classes, bool) or not isinstance(num_classes, (int, torch.SymInt)):
+        raise TypeError(f"num_classes must be an int or None; got {type(num_classes).__name__}")
+    if not 1 <= num_classes <= min(widths):
+        raise ValueError(
+            f"num_classes must be from 1 to the smaller width of the logits; got {num_classes} for "
+            f"student_logits of {widths[0]} and teacher_logits of {widths[1]} classes"
+        )
+    return num_classes
+
+
+def _check_row_weight(row_weight: Tensor, student: Tensor) -> Tensor:
+    if not isinstance(row_weight, Tensor):
+        raise TypeError(f"row_weight must be a torch.Tensor or None; got {type(row_weight).__name__}")
+    if row_weight.dtype != torch.bool and row_weight.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"row_weight must be bool or a floating dtype; got {row_weight.dtype}. For an integer mask: mask.bool()")
+    if row_weight.shape != student.shape[:-1]:
+        raise ValueError(
+            f"row_weight must have the logits' leading dimensions {tuple(student.shape[:-1])}; got shape {tuple(row_weight.shape)}"
+        )
+    if row_weight.device != student.device:
+        raise ValueError(f"row_weight must be on the logits' device {student.device}; got {row_weight.device}")
+    if row_weight.requires_grad:
+        raise ValueError("row_weight gets no gradient; got a tensor that requires grad. Pass row_weight.detach()")
+    return row_weight.contiguous()
+
+
+def _check_denominator(
+    denominator: Number | Tensor, student: Tensor, reduction: str
+) -> tuple[float | None, Tensor | None]:
+    """The denominator as a number, or as a tensor."""
+    if reduction == "none":
+        raise ValueError("denominator replaces the divisor of a scalar reduction; got one with reduction='none'")
+    if isinstance(denominator, Tensor):
+        if denominator.dim() != 0:
+            raise ValueError(f"denominator must be a number or a 0-d tensor; got shape {tuple(denominator.shape)}")
+        if denominator.dtype not in DENOMINATOR_DTYPES:
+            raise TypeError(f"denominator must have a floating dtype, int64 or int32; got {denominator.dtype}")
+        if denominator.device != student.device:
+            raise ValueError(f"denominator must be on the logits' device {student.device}; got {denominator.device}")
+        if denominator.requires_grad:
+            raise ValueError("denominator gets no gradient; got a tensor that requires grad. Pass denominator.detach()")
+        return None, denominator
+    if isinstance(denominator, bool) or not isinstance(denominator, (float, int, numbers.Real)):
+        raise TypeError(f"denominator must be a positive number or a 0-d tensor; got {type(denominator).__name__}")
+    if not 0 < denominator < math.inf:
+        raise ValueError(f"denominator must be positive and finite; got {denominator}")
+    return float(denominator), None
+
+
+def _check_inplace(student: Tensor, backend: str) -> None:
+    if backend == "reference":
+        raise ValueError("inplace_backward needs a kernel; got backend 'reference'")
+    if student.requires_grad and student.is_leaf:
+        raise ValueError("inplace_backward would overwrite student_logits, a leaf that requires grad; it takes the output of a model")
+    if student.stride(-1) != 1:
+        raise ValueError("inplace_backward takes student_logits whose class dimension has stride 1; got strides " f"{student.stride()}")
+    if any(stride == 0 and size > 1 for stride, size in zip(student.stride(), student.shape, strict=True)):
+        raise ValueError(f"inplace_backward takes student_logits whose rows do not overlap; got strides {student.stride()}")
+
+
+def _default_backend() -> str:
+    backend = os.environ.get("KDFAST_BACKEND") or "auto"
+    if backend not in BACKENDS:
+        raise ValueError(f"the environment variable KDFAST_BACKEND must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    return backend
+
+
+DEFAULT_BACKEND = _default_backend()
+
+
+def _resolve_backend(backend: str, student: Tensor) -> str:
+    """The backend to run, one that is there: "cpp" or "reference"."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+    if backend == "auto":
+        backend = DEFAULT_BACKEND
+    device = student.device.type
+    has_kernel = device in ("cpu", "meta") or (device == "cuda" and HAS_CUDA_KERNELS)
+    if backend == "auto":
+        if has_kernel:
+            return "cpp"
+        _warn_of_reference(device)
+        return "reference"
+    if backend == "triton":
+        raise ValueError("backend 'triton' is not in this version of kdfast; 'cpp' and 'reference' are")
+    if backend == "cpp" and not has_kernel:
+        raise ValueError(
+            f"backend 'cpp' has no kernels for logits on {student.device} in this build (python -m kdfast.info shows what it has); "
+            "for CUDA, rebuild where nvcc is found (KDFAST_CUDA=1 makes its absence an error), or pass backend='reference'"
+        )
+    return backend
+
+
+_warned_devices: set[str] = set()
+
+
+def _warn_of_reference(device: str) -> None:
+    if device not in _warned_devices and not torch.compiler.is_compiling():
+        _warned_devices.add(device)
+        warnings.warn(
+            f"kdfast has no kernels for {device!r} in this build; the losses run as plain torch there. "
+            "backend='reference' says that this is meant",
+            stacklevel=5,
+        )

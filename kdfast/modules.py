@@ -1,0 +1,99 @@
+"""The losses as modules. Each holds the options of its function and calls it."""
+
+from torch import Tensor, nn
+
+from kdfast import functional
+from kdfast.functional import Number
+
+
+class _LogitLoss(nn.Module):
+    """What the modules share: the options of every loss, and a representation that shows them."""
+
+    def __init__(self, reduction: str, num_classes: int | None, inplace_backward: bool, backend: str) -> None:
+        super().__init__()
+        self.reduction = reduction
+        self.num_classes = num_classes
+        self.inplace_backward = inplace_backward
+        self.backend = backend
+
+    def extra_repr(self) -> str:
+        options = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "training"}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+class KLDivTau(_LogitLoss):
+    """:func:`kdfast.kl_div_tau` as a module: ``KLDivTau(tau=4.0)(student_logits, teacher_logits)``."""
+
+    def __init__(
+        self,
+        tau: Number = 1.0,
+        *,
+        teacher_tau: Number | None = None,
+        scale_by_tau_squared: bool = True,
+        reduction: str = "batchmean",
+        num_classes: int | None = None,
+        inplace_backward: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(reduction, num_classes, inplace_backward, backend)
+        self.tau = tau
+        self.teacher_tau = teacher_tau
+        self.scale_by_tau_squared = scale_by_tau_squared
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        row_weight: Tensor | None = None,
+        denominator: Number | Tensor | None = None,
+    ) -> Tensor:
+        return functional.kl_div_tau(
+            student_logits,
+            teacher_logits,
+            self.tau,
+            teacher_tau=self.teacher_tau,
+            scale_by_tau_squared=self.scale_by_tau_squared,
+            reduction=self.reduction,
+            row_weight=row_weight,
+            denominator=denominator,
+            num_classes=self.num_classes,
+            inplace_backward=self.inplace_backward,
+            backend=self.backend,
+        )
+
+
+class LogitMSE(_LogitLoss):
+    """:func:`kdfast.logit_mse` as a module: ``LogitMSE()(student_logits, teacher_logits)``."""
+
+    def __init__(
+        self,
+        *,
+        center: bool = False,
+        reduction: str = "mean",
+        num_classes: int | None = None,
+        inplace_backward: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(reduction, num_classes, inplace_backward, backend)
+        self.center = center
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        row_weight: Tensor | None = None,
+        denominator: Number | Tensor | None = None,
+    ) -> Tensor:
+        return functional.logit_mse(
+            student_logits,
+            teacher_logits,
+            center=self.center,
+            reduction=self.reduction,
+            row_weight=row_weight,
+            denominator=denominator,
+            num_classes=self.num_classes,
+            inplace_backward=self.inplace_backward,
+            backend=self.backend,
+        )

@@ -1,0 +1,122 @@
+"""The losses in plain torch: their definition, differentiable any number of times on any device.
+
+The truth that the kernels are tested against, the path for transforms that kernels cannot serve (torch.func, forward-mode AD, double
+backward), and the fallback for devices without kernels. As accurate as the kernels in the dtype it computes in: csrc/kl_math.h has
+the formulas. Arguments are those of kdfast.functional after its checks.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+STABLE_BELOW = 0.5  # kStableBelow of csrc/kl_math.h
+SERIES_TERMS = 20  # of e^x for |x| < 1: the next is below one unit in the last place of float64, as is its second derivative
+
+
+def kl_div_tau(
+    student: Tensor,
+    teacher: Tensor,
+    row_weight: Tensor | None,
+    denominator: Tensor | None,
+    divisor: float | None,
+    reduction: int,
+    num_classes: int,
+    tau: float,
+    teacher_tau: float,
+    scale_by_tau_squared: bool,
+) -> Tensor:
+    """tau**2 * KL(softmax(teacher / teacher_tau) || softmax(student / tau)) of each row, reduced."""
+    s, t = _prepare(student, teacher, row_weight, num_classes)
+    loss = _kl(s, t, tau, teacher_tau) * (tau**2 if scale_by_tau_squared else 1)
+    return _reduce(loss, row_weight, denominator, divisor, reduction, 1)
+
+
+def logit_mse(
+    student: Tensor,
+    teacher: Tensor,
+    row_weight: Tensor | None,
+    denominator: Tensor | None,
+    divisor: float | None,
+    reduction: int,
+    num_classes: int,
+    center: bool,
+    tau_limit: bool,
+) -> Tensor:
+    """Sum of squared differences of each row (minus their mean: center), reduced. tau_limit: 0.5 / K times that."""
+    s, t = _prepare(student, teacher, row_weight, num_classes)
+    out = (s == -math.inf) & (t == -math.inf)
+    d = torch.where(out, 0, s) - torch.where(out, 0, t)
+    counted = (~out).sum(-1).to(d.dtype)
+    if center:
+        mean = d.sum(-1) / counted.clamp(min=1)
+        d = torch.where(out, 0, d - mean.unsqueeze(-1))
+    loss = (d * d).sum(-1)
+    if tau_limit:
+        loss = loss * 0.5 / counted
+    return _reduce(loss, row_weight, denominator, divisor, reduction, 1 if tau_limit else s.shape[-1])
+
+
+def _prepare(student: Tensor, teacher: Tensor, row_weight: Tensor | None, num_classes: int) -> tuple[Tensor, Tensor]:
+    """The columns used, in the type computed with; rows of weight 0 replaced by zeros."""
+    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    if num_classes >= 0:
+        student, teacher = student[..., :num_classes], teacher[..., :num_classes]
+    s, t = student.to(dtype), teacher.to(dtype)
+    if row_weight is not None:
+        used = (row_weight != 0).unsqueeze(-1)
+        s, t = torch.where(used, s, 0), torch.where(used, t, 0)
+    return s, t
+
+
+def _reduce(
+    loss: Tensor, row_weight: Tensor | None, denominator: Tensor | None, divisor: float | None, reduction: int, per_row: int
+) -> Tensor:
+    weight = None if row_weight is None else row_weight.to(loss.dtype)
+    if weight is not None:
+        loss = loss * weight
+    if reduction == 0:
+        return loss
+    total = loss.sum()
+    if divisor is not None:
+        return total / divisor
+    if denominator is not None:
+        return total / denominator.to(loss.dtype)
+    if reduction == 1:
+        return total
+    if reduction == 3:
+        return total / loss.shape[0]
+    if weight is None or loss.numel() == 0:
+        return total / (loss.numel() * per_row)
+    weights = weight.sum()
+    return total / torch.where(weights == 0, 1, weights * per_row)
+
+
+def _phi(x: Tensor) -> Tensor:
+    """e^x - 1 - x, to full relative precision; so are its derivatives."""
+    small = x.abs() < 1
+    y = torch.where(small, x, 0)
+    series = torch.zeros_like(y)
+    for k in range(SERIES_TERMS, 1, -1):
+        series = (series * y + 1 / math.factorial(k)) if k > 2 else (series * y + 0.5) * y * y
+    z = torch.where(small, 0, x)
+    return torch.where(small, series, torch.expm1(z) - z)
+
+
+def _kl(s: Tensor, t: Tensor, tau: float, teacher_tau: float) -> Tensor:
+    """KL of each row, without the factor tau**2."""
+    dead = t == -math.inf
+    log_q, log_p = torch.log_softmax(s / tau, -1), torch.log_softmax(t / teacher_tau, -1)
+    p = log_p.exp()
+    # A mass that underflowed is still one where the student has none.
+    p = torch.where(~dead & (s == -math.inf) & (p == 0), torch.finfo(p.dtype).tiny, p)
+    plain = (p * (torch.where(dead, 0, log_p) - torch.where(dead, 0, log_q))).sum(-1)
+
+    # d first, then the division by tau; the row's shift is taken out before it can round anything away.
+    gone = dead | (s == -math.inf)
+    d = torch.where(gone, 0, s) - (tau / teacher_tau) * torch.where(gone, 0, t)
+    x = (d - d.detach().mean(-1, keepdim=True)) / tau
+    z = torch.where(gone, 0, x - (p * torch.where(gone, 0, x)).sum(-1, keepdim=True))
+    stable = (plain.detach() < STABLE_BELOW).unsqueeze(-1)
+    excess = (p * _phi(torch.where(stable, z, 0))).sum(-1)
+    return torch.where(stable.squeeze(-1), torch.log1p(excess), plain)
