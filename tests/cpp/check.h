@@ -108,11 +108,8 @@ inline Matrix random_logits(DType dtype, int64_t rows, int64_t width, unsigned s
 inline DType compute_type(DType a, DType b) { return a == DType::f64 || b == DType::f64 ? DType::f64 : DType::f32; }
 
 // Relative errors that are allowed: of a batch's loss, and of a gradient (L2) before it is rounded to its dtype.
-inline double loss_budget(DType computed) { return computed == DType::f64 ? 1e-12 : 5e-6; }
-inline double gradient_budget(DType computed, DType stored) {
-  const double rounding = stored == DType::bf16 ? 0x1p-8 : stored == DType::f16 ? 0x1p-11 : stored == DType::f32 ? 0x1p-24 : 0;
-  return (computed == DType::f64 ? 1e-12 : 2e-6) + rounding;
-}
+inline double loss_budget(DType computed) { return computed == DType::f64 ? 1e-13 : 5e-6; }
+inline double gradient_budget(DType computed) { return computed == DType::f64 ? 1e-13 : 2e-6; }
 
 inline int failures = 0, checks = 0;
 
@@ -122,20 +119,29 @@ inline void check(bool ok, const std::string& what) {
   if (++failures <= 20) std::printf("FAILED %s\n", what.c_str());
 }
 inline void check_error(Real error, double budget, const std::string& what) {
-  check(error <= budget, what + ": relative error " + std::to_string(double(error) * 1e6) + "e-6");
+  char numbers[80];
+  std::snprintf(numbers, sizeof numbers, ": relative error %.2Le, budget %.2e", error, budget);
+  check(error <= budget, what + numbers);
 }
 
-// L2 error of rows [0, rows) against expected[row * width + column], which is 0 beyond `classes`.
-inline void check_gradient(const Matrix& got, const std::vector<Real>& expected, double budget, const std::string& what) {
-  Real error = 0, size = 0;
+// L2 error against expected[row * width + column]. With e the error before the last rounding, |round(a + e) - a| is at most
+// |round(a) - a| + 2 |e|, so a 16-bit gradient is judged as sharply as a 32-bit one.
+inline void check_gradient(const Matrix& got, const std::vector<Real>& expected, DType computed, const std::string& what) {
+  Real error = 0, size = 0, rounding = 0;
+  Matrix rounded(got.dtype, 1, 1);
   for (int64_t r = 0; r < got.rows; ++r)
     for (int64_t k = 0; k < got.width; ++k) {
-      const Real truth = expected[r * got.width + k], difference = got.get(r, k) - truth;
-      if (truth == 0) check(difference == 0, what + ": not zero where it must be");
-      error += difference * difference;
+      const Real truth = expected[r * got.width + k];
+      if (truth == 0) check(got.get(r, k) == 0, what + ": not zero where it must be");
+      rounded.set(0, 0, double(truth));
+      rounding += std::pow(rounded.get(0, 0) - truth, 2);
+      error += std::pow(got.get(r, k) - truth, 2);
       size += truth * truth;
     }
-  check_error(size > 0 ? std::sqrt(error / size) : std::sqrt(error), budget, what);
+  double budget = gradient_budget(computed);
+  if (computed == DType::f64 && got.dtype != DType::f64) budget = 0x1p-24;  // the way to 16 bits may lead through 32
+  if (computed != got.dtype) budget = 2 * budget + double(size > 0 ? std::sqrt(rounding / size) : 0);
+  check_error(std::sqrt(error / (size > 0 ? size : 1)), budget, what);
   check(got.gaps_untouched(), what + ": wrote beyond a row");
 }
 
