@@ -42,12 +42,12 @@ def machine(device: torch.device | str = "cpu") -> str:
 
 def print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table as wide as the terminal, or whole where there is none (a file, a log)."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for position, header in enumerate(headers):
         table.add_column(header, justify="right" if position else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(title, table, sep="\n")
 
 
 def write_csv(path: Path, records: Sequence[Mapping[str, object]], device: torch.device | str = "cpu") -> None:

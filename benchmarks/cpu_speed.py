@@ -10,13 +10,14 @@ once: as in training, where the logits are a layer's output, the gradient is pas
 
 What "allocation" means, the same for every provider, by glibc's ``mallopt``, without touching the losses:
 
-``reused``  freed memory stays in the process (no mmap, no trimming), so the gradient of a step lands in the block of
-            the step before, and eager's and the compiled temporaries are reused as well;
 ``fresh``   every block of 128 KiB or more comes from the kernel and goes back to it: its pages are faulted in anew;
-``default`` the state glibc settles in by itself in a long run: blocks up to 32 MiB are reused, larger ones are fresh.
+``default`` the state glibc settles in by itself in a long run: blocks up to 32 MiB are reused, larger ones are fresh;
+``reused``  freed memory stays in the process (no mmap, no trimming), so the gradient of a step lands in the block of
+            the step before, and eager's and the compiled temporaries are reused as well.
 
-The column "faults" counts the pages that kdfast faulted in for one step: it shows whether the memory was reused.
-On a platform without mallopt only ``default`` is there, as the platform has it.
+They run in this order, since a block once in the heap is reused whatever its size. The column "faults" counts the pages
+that kdfast faulted in for one step: it shows whether the memory was reused. On a platform without mallopt only
+``default`` is there, as the platform has it.
 
 GB/s counts two reads of the logits, and one write of the gradient where there is one, over kdfast's time.
 """
@@ -27,9 +28,10 @@ import argparse
 import ctypes
 import itertools
 import math
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,10 +97,10 @@ def providers(loss: str, names: Sequence[str]) -> dict[str, Loss]:
 # ------------------------------------------------------------------------------------------------------ memory
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
-ALLOCATION = {
-    "reused": ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)),
+ALLOCATION = {  # in the order of the runs
     "fresh": ((M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 128 << 10), (M_TRIM_THRESHOLD, 128 << 10)),
     "default": ((M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 64 << 20)),
+    "reused": ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)),
 }
 
 
@@ -270,10 +272,6 @@ class Bench:
                 }
             )
 
-    def cases(self) -> Iterator[tuple[str, str, str]]:
-        """Loss, shape, dtype."""
-        return itertools.product(self.options.losses, self.options.shapes, self.options.dtypes)
-
     def verdict(self, case: str, ratios: Sequence[float], targets: Sequence[float | None]) -> str:
         """Targets and whether they were reached."""
         pairs = [(r, target) for r, target in zip(ratios, targets, strict=True) if target and not math.isnan(r)]
@@ -286,30 +284,32 @@ class Bench:
 
     def main_table(self) -> None:
         """Every loss, shape, dtype, pass and way of allocation; each provider checked first."""
-        errors_rows, rows = [], []
+        rows: dict[str, list[list[str]]] = {}
+        errors: dict[str, dict[str, tuple[float, float]]] = {}
         threads = self.options.threads
         torch.set_num_threads(threads)
-        for loss, shape, dtype in self.cases():
+        cases = list(itertools.product(self.options.losses, self.options.shapes, self.options.dtypes))
+        for mode, (loss, shape, dtype) in itertools.product(self.options.allocation, cases):
+            set_allocation(mode)
+            name = f"{loss} {shape} {dtype}"
             s, t = logits(shape, DTYPES[dtype])
             losses = providers(loss, self.options.providers)
-            errors = check(LOSSES[loss][0], losses, s, t)
-            checked = [f"{errors[name][0]:.1e} / {errors[name][1]:.1e}" for name in losses]
-            errors_rows.append([f"{loss} {shape} {dtype}", *checked])
-            if any(e > limit for e, limit in zip(errors["kdfast"], ERROR_LIMITS[DTYPES[dtype]], strict=True)):
-                self.inaccurate.append(f"{loss} {shape} {dtype}")
-            for mode, (label, make) in itertools.product(self.options.allocation, PASSES.items()):
-                set_allocation(mode)
-                timings = interleave({name: make(fn, s, t) for name, fn in losses.items()}, self.options.rounds)
+            if name not in errors:
+                errors[name] = check(LOSSES[loss][0], losses, s, t)
+                if any(e > limit for e, limit in zip(errors[name]["kdfast"], ERROR_LIMITS[DTYPES[dtype]], strict=True)):
+                    self.inaccurate.append(name)
+            for label, make in PASSES.items():
+                timings = interleave({provider: make(fn, s, t) for provider, fn in losses.items()}, self.options.rounds)
                 case = {"loss": loss, "call": label, "shape": shape, "dtype": dtype, "allocation": mode}
-                self.note(timings, errors, **case, threads=threads)
+                self.note(timings, errors[name], **case, threads=threads)
                 mine = timings["kdfast"]
                 ratios = [timings[p].median / mine.median if p in timings else math.nan for p in ("eager", "compile")]
                 moved = s.numel() * s.element_size() * (3 if label == "fwd+bwd" else 2)
                 judged = (loss, label, threads) == ("kl_div_tau", "fwd+bwd", 1)
                 wanted = TARGETS.get(shape, {}).get(mode) if judged else None
-                rows.append(
+                rows.setdefault(name, []).append(
                     [
-                        f"{loss} {shape} {dtype}",
+                        name,
                         label,
                         mode,
                         *(milliseconds(timings[p].median) if p in timings else "" for p in ("eager", "compile")),
@@ -317,21 +317,22 @@ class Bench:
                         *("" if math.isnan(ratio) else f"{ratio:.1f}x" for ratio in ratios),
                         f"{1e-6 * moved / mine.median:.1f}",
                         f"{mine.faults:.0f}",
-                        self.verdict(f"{loss} {shape} {dtype} {mode}", ratios, wanted or (None, None)),
+                        self.verdict(f"{name} {mode}", ratios, wanted or (None, None)),
                     ]
                 )
-        title = "Relative errors against float64: loss / gradient"
-        print_table(title, ["", *self.options.providers], errors_rows)
+        checked = [[name, *(f"{e[0]:.1e} / {e[1]:.1e}" for e in found.values())] for name, found in errors.items()]
+        print_table("Relative errors against float64: loss / gradient", ["", *self.options.providers], checked)
         headers = ["", "pass", "allocation", "eager ms", "compile ms", "kdfast ms"]
         headers += ["eager / kdfast", "compile / kdfast", "GB/s", "faults", "target"]
-        print_table(f"Time, {threads} thread{'s' * (threads > 1)}, medians", headers, rows)
+        lines = list(itertools.chain.from_iterable(rows.values()))
+        print_table(f"Time, {threads} thread{'s' * (threads > 1)}, medians", headers, lines)
 
     def bandwidth(self) -> None:
         """How near the forward comes to reading two float32 arrays (a dot product), on one thread."""
         torch.set_num_threads(1)
         shape = self.options.shapes[0]
         s, t = logits(shape, torch.float32)
-        mode = self.options.allocation[0]
+        mode = self.options.allocation[-1]
         set_allocation(mode)
         calls = {f"{loss} fwd": forward(LOSSES[loss][1], s, t) for loss in self.options.losses}
         calls["torch.dot"] = forward(torch.dot, s.view(-1), t.view(-1))
@@ -350,7 +351,7 @@ class Bench:
         many = self.options.scaling_threads
         shape = self.options.shapes[0]
         rows = []
-        mode = self.options.allocation[0]
+        mode = self.options.allocation[-1]
         set_allocation(mode)
         for loss, dtype in itertools.product(self.options.losses, self.options.dtypes):
             s, t = logits(shape, DTYPES[dtype])
@@ -380,7 +381,7 @@ class Bench:
         torch.set_num_threads(1)
         rows = []
         s, t = logits("8x10", torch.float32)
-        mode = self.options.allocation[0]
+        mode = self.options.allocation[-1]
         set_allocation(mode)
         for loss, (label, make) in itertools.product(self.options.losses, PASSES.items()):
             losses = providers(loss, self.options.providers)
@@ -424,10 +425,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.shapes = options.shapes or (QUICK_SHAPES if options.quick else SHAPES)
     options.rounds = options.rounds or (5 if options.quick else 9)
     options.providers = [p for p in PROVIDERS if p in options.providers or p == "kdfast"]
-    if glibc() is None:
-        options.allocation = ["default"]
+    wanted = options.allocation if glibc() else ["default"]
+    options.allocation = [mode for mode in ALLOCATION if mode in wanted]
 
     bench = Bench(options, [], [], [])
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     threads = torch.get_num_threads()
     try:
         bench.main_table()
@@ -439,6 +441,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(threads)
         set_allocation("default")
     print(machine())
+    if load > 0.5:
+        print(f"The machine was busy before the start (load average {load:.1f}): repeat on a quiet one.")
     if bench.missed:
         print("Targets missed: " + "; ".join(bench.missed))
     if bench.inaccurate:
