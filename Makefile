@@ -1,6 +1,6 @@
-# PYTHON, TORCH and VENV choose the interpreter, the torch release and the folder of the virtual environment;
+# PYTHON (used when the virtual environment is made), TORCH and VENV choose its interpreter, its torch and its folder;
 # KDFAST_CUDA, TORCH_CUDA_ARCH_LIST and MAX_JOBS go to setup.py. `make help` lists the targets.
-PYTHON ?= $(shell command -v python3.11 || echo python3)
+PYTHON ?= $(or $(shell command -v python3.11),python3)
 TORCH ?= torch==2.14.1
 VENV ?= .venv
 
@@ -57,12 +57,12 @@ $(VENV)/with-%: $(VENV)/torch $(VENV)/settings $(built_from)
 	@touch $@
 
 $(VENV)/torch: $(VENV)/settings
-	$(PYTHON) -m venv $(VENV)
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(pip) install '$(TORCH)' 'setuptools>=77.0.3' ninja
 	@touch $@
 
 # Written only when a setting changes.
-settings := $(PYTHON) $(TORCH) KDFAST_CUDA=$(KDFAST_CUDA) TORCH_CUDA_ARCH_LIST=$(TORCH_CUDA_ARCH_LIST)
+settings := $(TORCH) KDFAST_CUDA=$(KDFAST_CUDA) TORCH_CUDA_ARCH_LIST=$(TORCH_CUDA_ARCH_LIST)
 $(VENV)/settings: FORCE
 	@mkdir -p $(VENV)
 	@echo '$(settings)' | cmp -s - $@ || echo '$(settings)' > $@
