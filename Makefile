@@ -12,6 +12,7 @@ pip := $(python) -m pip --disable-pip-version-check --quiet
 built_from := setup.py pyproject.toml $(shell find csrc)
 
 .PHONY: help test demo bench lint ctest sanitize audit clean FORCE
+MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
