@@ -12,24 +12,27 @@ struct LogitMse {
   // Whether a class takes part: not where both sides are at -inf.
   KDFAST_INLINE static IntOf<V> counts(V s, V t) { return (s != -inf) | (t != -inf); }
 
-  // The row's mean difference: the first difference, then the mean of what is left, then once more around that, so that rows far
-  // apart lose no digits.
+  // The row's mean difference, and the offset that its logits are read with (kl_math.h): the mean, then the mean of what is left.
   static void mean_difference(const S* student, const T* teacher, int64_t classes, F* stat) {
-    F first = 0, mean = 0, count = 0;
+    F offset = 0, mean = 0, count = 0;
     for (int pass = 0; pass < 2; ++pass) {
-      V total{};
+      V total{}, size{};
       IntOf<V> counted{};
-      const F around = pass == 0 ? first : mean;
       for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
         const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf);
         const auto in = counts(s, t);
-        total += in ? (s - t) - around : V{};
+        const V left_or_nan = ((s - offset) - t) - mean;
+        total += in ? left_or_nan : V{};
         counted -= in;
+        size = vmax(finite_magnitude(s), size);
       });
       count = 0;
       for (int lane = 0; lane < kLanes<V>; ++lane) count += F(counted[lane]);
-      mean = around + sum(total) / (count > 0 ? count : 1);
+      const F left = sum(total) / (count > 0 ? count : 1);
+      if (pass == 0) offset = math::row_offset(left, largest(size));
+      mean = pass == 0 ? left - offset : mean + left;
     }
+    stat[MseStat::offset] = offset;
     stat[MseStat::mean] = mean;
     stat[MseStat::inv_classes] = 1 / count;  // a row with no class left is NaN in the tau -> infinity limit, as at any tau
   }
@@ -45,14 +48,14 @@ struct LogitMse {
       return 0;
     }
     const F factor = 2 * args.grad_loss.at(r, F(1)) * F(args.grad_scale) * weight * row_scale(args, stat);
-    const F mean = stat[MseStat::mean];
+    const F mean = stat[MseStat::mean], offset = stat[MseStat::offset];
     const S* student = row_of<S>(args.student, r);
     const T* teacher = row_of<T>(args.teacher, r);
     const int64_t head = for_student ? grad_student.template head<V>() : grad_teacher.template head<V>();
     V total{};
     for_each_vector<V>(args.classes, head, [&](int64_t i, auto lanes) {
       const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf);
-      const V difference_or_nan = (s - t) - mean;
+      const V difference_or_nan = ((s - offset) - t) - mean;
       const V d = counts(s, t) ? difference_or_nan : V{};
       total += d * d;
       if constexpr (for_student) grad_student.put(i, d * factor, lanes);
