@@ -96,8 +96,21 @@ def verify(where: Where, loss: str, k: int, regime: str, pair: str, **options: A
     batch, per_row = truths(
         loss, k, regime, pair, options.get("tau", 1.0), options.get("center", False), options.get("teacher_tau")
     )
-    check(where, loss, s, t, grads="s", reduction="batchmean", truth=batch, **options)
-    check(where, loss, s, t, grads="st", reduction="none", truth=per_row, grad_output=weights_for_rows(SIZES[k]), **options)
+    up = weights_for_rows(SIZES[k])
+
+    def both(allow: tuple[float, float, float]) -> None:
+        check(where, loss, s, t, grads="s", reduction="batchmean", truth=batch, allow=allow, **options)
+        check(where, loss, s, t, grads="st", reduction="none", truth=per_row, grad_output=up, allow=allow, **options)
+
+    try:
+        both((0, 0, 0))
+    except AssertionError:
+        if regime != "peaked" or not 0 < options.get("tau", 1.0) < 1:
+            raise
+        # Peaked and cold: every row may have converged to one class, and what is left of the batch is exponentials of -20 to
+        # -80, whose relative error in float32 is |y| 2**-24 a rounding.  Here the second clause: twice the eager error.
+        a, b, c = eager_errors(loss, s, t, batch, **options)
+        both((2 * a, 2 * b, 2 * c))
 
 
 def verify_all(where: Where, loss: str, k: int, regime: str, pair: str, cases: list[dict[str, Any]]) -> None:

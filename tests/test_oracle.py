@@ -93,6 +93,16 @@ def test_minus_infinity(tau: float) -> None:
     compare("kl_div_tau", s, t, tau)
 
 
+@pytest.mark.parametrize("low", [-200.0, -1e4, -3e38])
+def test_classes_without_mass(low: float) -> None:
+    """Finite logits whose exponentials underflow: on the teacher's side alone, and on both."""
+    s, t = logits("typical", (4, 5), seed=3)
+    t[0, 1] = t[1, 3] = low
+    s[2, 2] = t[2, 2] = low
+    for tau in (0.3, 1.0, 20.0):
+        compare("kl_div_tau", s, t, tau)
+
+
 def test_the_limit_of_large_temperature_is_half_the_variance() -> None:
     s, t = logits("typical", (4, 7), (F64, F64))
     with mp.workdps(DIGITS):
