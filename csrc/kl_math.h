@@ -7,7 +7,8 @@
 //   v_k = exp((s_k - s_max) / tau)               Z  = sum v       q_k = v_k / Z
 //   x_k = ((s_k - offset) - c t_k - centre) / tau                 m  = sum w x / S0
 //   KL  = log(Z / S0) + rest - m                                  (plain form: an absolute error of one ulp of the logits)
-//   KL  = log1p(sum w phi(x - m) / S0),  phi(x) = exp(x) - 1 - x  (stable form: a relative error, used where KL < 1/2)
+//   KL  = log1p(sum w phi(x - m) / S0),  phi(x) = exp(x) - 1 - x  (stable form: a relative error, used where KL < 1/2;
+//         a class at -inf in the teacher, whose w is 0, stands in the sum with its limit w exp(x - m) = v exp(rest - m))
 //   q_k - p_k = p_k expm1(x_k - m - KL)                           (where that argument is below 1; else as written)
 //
 // The difference is taken before the division by tau, so that x is right to an ulp of the difference however large tau is.

@@ -119,4 +119,5 @@ def _kl(s: Tensor, t: Tensor, tau: float, teacher_tau: float) -> Tensor:
     z = torch.where(gone, 0, x - (p * torch.where(gone, 0, x)).sum(-1, keepdim=True))
     stable = (plain.detach() < STABLE_BELOW).unsqueeze(-1)
     excess = (p * _phi(torch.where(stable, z, 0))).sum(-1)
-    return torch.where(stable.squeeze(-1), torch.log1p(excess), plain)
+    masked = torch.where(dead & stable, log_q, -math.inf).exp().sum(-1)  # the student's mass on classes that the teacher masks
+    return torch.where(stable.squeeze(-1), torch.log1p(excess) - torch.log1p(-masked), plain)

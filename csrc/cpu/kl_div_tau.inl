@@ -85,8 +85,8 @@ struct KlRow {
   template <bool keep>
   void sum_row(F* kept_w, F* kept_v, const S* next_student, const T* next_teacher) {
     const F exp_rest = math::exp(rest);  // w e^x = v e^rest
-    V s0{}, s1{}, z{}, excess{};
-    for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
+    Sum<V> s0, s1, z, excess;
+    const auto add = [&](int64_t i, auto lanes) {
       __builtin_prefetch(next_student + i, 0, 2);
       __builtin_prefetch(next_teacher + i, 0, 2);
       const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
@@ -96,16 +96,18 @@ struct KlRow {
       s0 += w;
       s1 += wx;
       z += v;
-      excess += x * x < 1 ? w * math::phi_series(x) : (v * exp_rest - w) - wx;
+      // A class that the teacher masks has no w, but its v counts: its difference is not below 1, being infinite or NaN.
+      excess += difference_or_nan * difference_or_nan < 1 ? w * math::phi_series(x) : (v * exp_rest - w) - wx;
       if constexpr (keep) {
         store(kept_w + i, w, lanes);
         store(kept_v + i, v, lanes);
       }
-    });
-    stat[KlStat::inv_s0] = sum(s0);
-    stat[KlStat::inv_z] = sum(z);
-    stat[KlStat::mean] = sum(s1);
-    stat[KlStat::kl] = sum(excess);
+    };
+    for_each_vector<V>(classes, 0, add, s0, s1, z, excess);
+    stat[KlStat::inv_s0] = s0.value();
+    stat[KlStat::inv_z] = z.value();
+    stat[KlStat::mean] = s1.value();
+    stat[KlStat::kl] = excess.value();
   }
 
   // The row's numbers from its sums.
@@ -127,14 +129,15 @@ struct KlRow {
   // The stable form around the mean itself: another pass.
   __attribute__((noinline)) F centred_kl() const {
     const F mean = stat[KlStat::mean], exp_rest = math::exp(rest - mean);  // w e^(x - m) = v e^(rest - m)
-    V excess{};
-    for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
+    Sum<V> excess;
+    const auto add = [&](int64_t i, auto lanes) {
       const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
       const V w = teacher_weight(t), centred_or_nan = difference(s, t) - mean;
       const V x = t == -inf ? V{} : centred_or_nan;
-      excess += x * x < 1 ? w * math::phi_series(x) : (student_weight(s) * exp_rest - w) - w * x;
-    });
-    return math::log1p(sum(excess) * stat[KlStat::inv_s0]);
+      excess += centred_or_nan * centred_or_nan < 1 ? w * math::phi_series(x) : (student_weight(s) * exp_rest - w) - w * x;
+    };
+    for_each_vector<V>(classes, 0, add, excess);
+    return math::log1p(excess.value() * stat[KlStat::inv_s0]);
   }
 
   // The pass for the gradients. weights.teacher(i, lanes, t) and weights.student(i, lanes, s) are w and v.

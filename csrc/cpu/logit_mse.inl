@@ -16,19 +16,21 @@ struct LogitMse {
   static void mean_difference(const S* student, const T* teacher, int64_t classes, F* stat) {
     F offset = 0, mean = 0, count = 0;
     for (int pass = 0; pass < 2; ++pass) {
-      V total{}, size{};
+      Sum<V> total;
+      V size{};
       IntOf<V> counted{};
-      for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
+      const auto add = [&](int64_t i, auto lanes) {
         const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf);
         const auto in = counts(s, t);
         const V left_or_nan = ((s - offset) - t) - mean;
         total += in ? left_or_nan : V{};
         counted -= in;
         size = vmax(finite_magnitude(s), size);
-      });
+      };
+      for_each_vector<V>(classes, 0, add, total);
       count = 0;
       for (int lane = 0; lane < kLanes<V>; ++lane) count += F(counted[lane]);
-      const F left = sum(total) / (count > 0 ? count : 1);
+      const F left = total.value() / (count > 0 ? count : 1);
       if (pass == 0) offset = math::row_offset(left, largest(size));
       mean = pass == 0 ? left - offset : mean + left;
     }
@@ -52,18 +54,19 @@ struct LogitMse {
     const S* student = row_of<S>(args.student, r);
     const T* teacher = row_of<T>(args.teacher, r);
     const int64_t head = for_student ? grad_student.template head<V>() : grad_teacher.template head<V>();
-    V total{};
-    for_each_vector<V>(args.classes, head, [&](int64_t i, auto lanes) {
+    Sum<V> total;
+    const auto add = [&](int64_t i, auto lanes) {
       const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf);
       const V difference_or_nan = ((s - offset) - t) - mean;
       const V d = counts(s, t) ? difference_or_nan : V{};
       total += d * d;
       if constexpr (for_student) grad_student.put(i, d * factor, lanes);
       if constexpr (for_teacher) grad_teacher.put(i, d * -factor, lanes);
-    });
+    };
+    for_each_vector<V>(args.classes, head, add, total);
     grad_student.zero(args.classes);
     grad_teacher.zero(args.classes);
-    return sum(total);
+    return total.value();
   }
 
   static F row_scale(const LogitMseArgs& args, const F* stat) {

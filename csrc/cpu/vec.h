@@ -280,14 +280,54 @@ KDFAST_INLINE void store(S* p, V v, First first) {
   __builtin_memcpy(p, padded, sizeof(S) * first.n);
 }
 
+// The lower or the upper half of the lanes, in double precision.
+template <int half>
+KDFAST_INLINE VecD widened(VecF v) {
+  constexpr int n = kLanes<VecF> / 2, at = half * n;
+  if constexpr (n == 8)
+    return __builtin_convertvector(
+        __builtin_shufflevector(v, v, at, at + 1, at + 2, at + 3, at + 4, at + 5, at + 6, at + 7), VecD);
+  else if constexpr (n == 4)
+    return __builtin_convertvector(__builtin_shufflevector(v, v, at, at + 1, at + 2, at + 3), VecD);
+  else
+    return __builtin_convertvector(__builtin_shufflevector(v, v, at, at + 1), VecD);
+}
+
+// A row's sum. A float holds the sum of one block of vectors at the most: over a long row of nearly equal terms each addition to a
+// running float would round the same way, a hundred times the error of a term in the end.
+template <class V>
+struct Sum {
+  static constexpr int64_t kBlock = 16 * kLanes<V>;
+
+  V part{};
+  VecD low{}, high{};
+
+  KDFAST_INLINE void operator+=(V x) { part += x; }
+  KDFAST_INLINE void carry() {
+    if constexpr (sizeof(ScalarOf<V>) == 4) {
+      low += widened<0>(part);
+      high += widened<1>(part);
+    } else {
+      low += part;
+    }
+    part = V{};
+  }
+  KDFAST_INLINE ScalarOf<V> value() const { return ScalarOf<V>(sum(low + high)); }
+};
+
 // Calls body(i, lanes) for every vector of a row: i its first class, lanes Full or, for the `head` classes before the vectors and
-// the last ones behind them, First.
-template <class V, class Body>
-KDFAST_INLINE void for_each_vector(int64_t classes, int64_t head, Body body) {
+// the last ones behind them, First. Carries the sums that the body adds to.
+template <class V, class Body, class... Sums>
+KDFAST_INLINE void for_each_vector(int64_t classes, int64_t head, Body body, Sums&... sums) {
   int64_t i = head < classes ? head : classes;
   if (i > 0) body(0, First{int(i)});
-  for (; i + kLanes<V> <= classes; i += kLanes<V>) body(i, Full{});
+  while (i + kLanes<V> <= classes) {
+    const int64_t end = sizeof...(Sums) == 0 || classes - i < Sum<V>::kBlock ? classes : i + Sum<V>::kBlock;
+    for (; i + kLanes<V> <= end; i += kLanes<V>) body(i, Full{});
+    (sums.carry(), ...);
+  }
   if (i < classes) body(i, First{int(classes - i)});
+  (sums.carry(), ...);
 }
 
 // Subnormal results and operands read as zero while this lives: they cost a hundred cycles each and carry nothing a loss can show.
