@@ -212,17 +212,23 @@ class KlDivTau(Call):
         )  # fmt: skip
 
 
+# A table rather than autotuning: a tile's width follows from the number of classes and from the registers (16 classes a thread leave
+# room for two blocks a multiprocessor), so there is little to choose, and the choice is the same on every run.
+
+
 def forward_tile(classes: int, itemsize: int, with_gradient: bool) -> tuple[int, int, int, bool]:
     """(rows a program, classes a tile, warps, whether a row lies in one tile)."""
     c = max(16, triton.next_power_of_2(classes))
-    if c <= (16384 if with_gradient else 4096) // (itemsize // 4):
-        r = max(1, 1024 // c)
-        return r, c, max(1, min(16, r * c // 512)), True
-    return 1, 4096 // (itemsize // 4), 8, False
+    wide = itemsize // 4
+    # Twice as long a row with its gradient does not fit the registers; without one, nothing is gained from keeping it.
+    if c <= (8192 if with_gradient else 4096) // wide:
+        return max(1, 1024 // c), c, 1 if c == 1024 else max(4, c * wide // 512), True  # one warp for a row of 1k: no barriers
+    return 1, 4096 // wide, 8, False
 
 
 def gradient_tile(width: int, itemsize: int) -> tuple[int, int, int]:
-    c = min(1024, max(16, triton.next_power_of_2(width)))
+    """(rows a program, classes a tile, warps). Nothing is shared but a row's statistics."""
+    c = min(2048 // (itemsize // 4), max(16, triton.next_power_of_2(width)))
     return max(1, 1024 // c), c, 4
 
 

@@ -158,17 +158,17 @@ def sum_tile(s, t, ratio, tau, inv_tau, student_log2, teacher_log2, EXACT: tl.co
     centre = finite_or_zero((s_top - offset) - ratio * t_top)
 
     w = teacher_weight(t, t_top[:, None], teacher_log2)
-    v = student_weight(s, s_top[:, None], student_log2)
     x = difference(s, t, offset[:, None], centre[:, None], ratio, inv_tau)
-    s0, z = tl.sum(w, 1), tl.sum(v, 1)
+    s0 = tl.sum(w, 1)
     s1 = tl.sum(tl.where(w == 0.0, 0.0, w * x), 1)
     lost = tl.where(s1 == -inf, 1.0, 0.0)
 
     # Once more around the mean, from the logits: the differences lose nothing to a centre that was far off.
     centre += finite_or_zero(s1 / s0) * tau
     y = tl.where(w == 0.0, 0.0, difference(s, t, offset[:, None], centre[:, None], ratio, inv_tau))
+    v = student_weight(s, s_top[:, None], student_log2)  # as late as this: registers
     rest = difference(s_top, t_top, offset, centre, ratio, inv_tau)
-    s1 = tl.sum(w * y, 1)
+    s1, z = tl.sum(w * y, 1), tl.sum(v, 1)
     small = (tl.abs(y) < 1.0) & (w != 0.0)
     if ALONE:
         mean = s1 / s0
