@@ -210,8 +210,8 @@ def merge(a, b, ratio, tau, inv_tau, student_log2, teacher_log2):
 
     apart = ((b_offset - a_offset) + (b_centre - a_centre)) * inv_tau + (b_mean - a_mean)
     apart = tl.where(a_empty | b_empty, 0.0, apart)
-    share = b_w / tl.where(s0 == 0.0, 1.0, s0)
-    a_delta, b_delta = apart * share, apart * share - apart
+    apart_by_s0 = apart / tl.where(s0 == 0.0, 1.0, s0)
+    a_delta, b_delta = apart_by_s0 * b_w, -apart_by_s0 * a_w
     # The heavier side's centre has the shorter way to go.
     from_b = b_w > a_w
     offset, old, delta = tl.where(from_b, b_offset, a_offset), tl.where(from_b, b_centre, a_centre), tl.where(from_b, b_delta, a_delta)
