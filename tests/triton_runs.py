@@ -139,7 +139,7 @@ def specials(where: h.Where) -> None:
         teacher[4, k - 1] = math.nan
         for tau in (0.5, 4.0):
             h.check(where, "kl_div_tau", student, teacher, tau=tau, grads="st", reduction="none")
-            h.check(where, "kl_div_tau", student, teacher, tau=tau, row_weight=torch.tensor([1, 1, 0, 0, 0, 1]))
+            h.check(where, "kl_div_tau", student, teacher, tau=tau, row_weight=torch.tensor([1.0, 1, 0, 0, 0, 1]))
         both = student[:1], teacher[:1]
         for loss, extra in (("logit_mse", {}), ("logit_mse", {"center": True}), ("kl_div_tau", {"tau": math.inf})):
             h.check(where, loss, *both, grads="st", **extra)
@@ -248,10 +248,10 @@ def emulate() -> None:
             show("case", json.dumps([k, pair, rows * k, "mse"]))
             h.check(where, "logit_mse", student, teacher)
     show("case", json.dumps([0, "", 0, "rest"]))
-    student, teacher = h.logits("typical", (4, 3, 33), h.PAIRS["bf16"])
+    student, teacher = h.logits("typical", (4, 3, 24), h.PAIRS["bf16"])
     weight = torch.rand(4, 3, generator=torch.Generator().manual_seed(0)) > 0.4
     for loss in ("kl_div_tau", "logit_mse"):
-        h.check(where, loss, student, teacher, row_weight=weight, reduction="mean", num_classes=30, grads="st")
+        h.check(where, loss, student, teacher, row_weight=weight, reduction="mean", num_classes=20, grads="st")
     h.check(where, "kl_div_tau", *h.logits("typical", (3, 5000)), tau=math.inf, grads="s")
     h.check(where, "kl_div_tau", *h.logits("typical", (3, 900), h.PAIRS["fp64"]), tau=4.0, grads="s")
 
@@ -315,3 +315,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     {"interpreter": interpret, "emulator": emulate, "compile": lambda: compile_for(int(sys.argv[2]))}[sys.argv[1]]()
     show("done")
+    os._exit(0)  # the emulator's threads may still be there
