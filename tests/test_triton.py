@@ -57,7 +57,7 @@ def test_interpreter() -> None:
 
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_compiles_without_a_gpu(capability: int, record_property: pytest.FixtureRequest) -> None:
+def test_compiles_without_a_gpu(capability: int) -> None:
     kernels = [json.loads(line) for line in run("compile", str(capability), TRITON_INTERPRET="0")]
     for kernel in kernels:
         print(kernel)  # registers: pytest -s, or the report of a failure
@@ -67,7 +67,7 @@ def test_compiles_without_a_gpu(capability: int, record_property: pytest.Fixture
         assert [kernel for kernel in kernels if kernel["spilled"]] == []
 
 
-# Bytes that threads ask for, per pair of bf16 logits. At K = 10 the eight floats that a row leaves for its backward weigh as much as its
+# Bytes that a step's launches touch, each byte once a launch, per pair of bf16 logits. At K = 10 the eight floats that a row leaves for its backward weigh as much as its
 # logits, so its forward is left out.
 FORWARD, RESIDENT, BEYOND = 4.1, 6.2, 10.2
 
@@ -82,7 +82,7 @@ def test_on_an_emulated_gpu(tmp_path: Path) -> None:
     cases = [json.loads(line.removeprefix("case ")) for line in lines]
     calls = forward_calls([json.loads(line) for line in stats.read_text().splitlines()])
     for (k, pair, pairs, grads), launches in zip(cases, calls, strict=False):
-        moved = sum(launch["load_bytes"] + launch["store_bytes"] for launch in launches) / pairs if pairs else 0
+        moved = sum(launch["unique_load_bytes"] + launch["unique_store_bytes"] for launch in launches) / pairs if pairs else 0
         issued = sum(launch["thread_instructions"] for launch in launches) / pairs if pairs else 0
         print(f"K = {k} {pair} grads={grads!r}: {moved:.2f} bytes, {issued:.1f} instructions a pair")
         if pair == "bf16" and grads in ("", "s") and (k > 10 or grads):

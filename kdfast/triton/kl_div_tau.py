@@ -222,14 +222,15 @@ def forward_tile(classes: int, itemsize: int, with_gradient: bool) -> tuple[int,
     wide = itemsize // 4
     # Twice as long a row with its gradient does not fit the registers; without one, nothing is gained from keeping it.
     if c <= (8192 if with_gradient else 4096) // wide:
-        return max(1, 1024 // c), c, 1 if c == 1024 else max(4, c * wide // 512), True  # one warp for a row of 1k: no barriers
+        warps = 1 if c == 1024 else 2 if c <= 32 else max(4, c * wide // 512)  # one warp for a row of 1k: no barriers
+        return max(1, 1024 // c), c, warps, True
     return 1, 4096 // wide, 8, False
 
 
 def gradient_tile(width: int, itemsize: int) -> tuple[int, int, int]:
     """(rows a program, classes a tile, warps). Nothing is shared but a row's statistics."""
     c = min(2048 // (itemsize // 4), max(16, triton.next_power_of_2(width)))
-    return max(1, 1024 // c), c, 4
+    return max(1, 1024 // c), c, 2 if c <= 32 else 4
 
 
 OPERATORS = operators(KlDivTau)

@@ -193,7 +193,7 @@ class LogitMse(Call):
             *self.inputs, self.scale, *divisor, row_stats if self.center else None,
             grad_loss, 0 if grad_loss is None or one_number(grad_loss) else 1,
             *gradient_args(grad_student), *gradient_args(grad_teacher), blocks,
-            F=self.F, PER_CLASS=self.per_class, R=r, C=c, num_warps=4,
+            F=self.F, PER_CLASS=self.per_class, R=r, C=c, num_warps=2 if c <= 32 else 4,
         )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def forward_tile(classes: int, itemsize: int, center: bool, with_gradient: bool)
     resident = c <= largest // (itemsize // 4)
     if not resident:
         c = 2048 // (itemsize // 4)
-    return max(1, 1024 // c), c, 1 if c == 1024 else max(4, min(16, c // 512)), resident
+    return max(1, 1024 // c), c, 1 if c == 1024 else 2 if c <= 32 else max(4, min(16, c // 512)), resident
 
 
 OPERATORS = operators(LogitMse)
