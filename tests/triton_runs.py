@@ -300,7 +300,7 @@ def compile_for(capability: int) -> None:
             student, teacher, one = torch.zeros(4, k, dtype=dtype), torch.zeros(4, k, dtype=dtype), torch.ones(())
             for loss, extra in (("kl_div_tau", (4.0, 4.0, True)), ("logit_mse", (True, True))):
                 rest = (None, None, None, 3, -1, *extra)
-                stats = torch.zeros(4, 8 if loss == "kl_div_tau" else 2)
+                stats = torch.zeros(4, 8 if loss == "kl_div_tau" else 3)
                 OPERATORS[f"{loss}_forward"](student, teacher, *rest)
                 OPERATORS[f"{loss}_forward_grad"](student, teacher, *rest)
                 if k in (1000, 32000) and capability == 90:

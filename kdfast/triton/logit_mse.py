@@ -24,7 +24,7 @@ from kdfast.triton.launch import (
     weight_of,
 )
 
-STATS = 2  # MseStat of csrc/kernels.h: mean, 1 / classes counted; with `center` only
+STATS = 3  # MseStat of csrc/kl_math.h: offset (0 here), mean, 1 / classes counted; with `center` only
 
 
 @triton.jit
@@ -110,8 +110,9 @@ def centred_kernel(
         row_scale = row_scale * inv_n
     store_loss(loss, row, rows, tl.where(row_weight != 0.0, squares * row_scale * row_weight, 0.0), PER_ROW)
     if row_stats is not None:
-        tl.store(row_stats + row * 2, mean, mask=row < rows)
-        tl.store(row_stats + row * 2 + 1, inv_n, mask=row < rows)
+        tl.store(row_stats + row * 3, tl.zeros_like(mean), mask=row < rows)
+        tl.store(row_stats + row * 3 + 1, mean, mask=row < rows)
+        tl.store(row_stats + row * 3 + 2, inv_n, mask=row < rows)
     if RESIDENT and grad_student is not None:
         factor = 2.0 * grad_scale(divisor, divisor_tensor, F) * row_weight * row_scale
         for start in range(0, width, C):
@@ -140,9 +141,9 @@ def gradient_kernel(
     if grad_loss is not None:
         factor *= tl.load(grad_loss + row * grad_loss_stride, mask=row < rows, other=0.0).to(F)
     if row_stats is not None:
-        d = tl.where(counts, d - tl.load(row_stats + row * 2, mask=row < rows, other=0.0)[:, None], 0.0)
+        d = tl.where(counts, d - tl.load(row_stats + row * 3 + 1, mask=row < rows, other=0.0)[:, None], 0.0)
         if PER_CLASS:
-            factor *= tl.load(row_stats + row * 2 + 1, mask=row < rows, other=0.0)
+            factor *= tl.load(row_stats + row * 3 + 2, mask=row < rows, other=0.0)
     g = d * factor[:, None]
     if grad_student is not None:
         store_gradient(grad_student, student_grad_layout, student_width, row, k, there, mask, g)
