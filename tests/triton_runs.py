@@ -1,6 +1,6 @@
 """What test_triton.py runs in processes of its own: under Triton's interpreter, through the emulator, and for the compiler alone.
 
-    python triton_runs.py interpreter | emulator | compile CC
+python triton_runs.py interpreter | emulator | compile CC
 """
 
 from __future__ import annotations
@@ -115,7 +115,15 @@ def options(where: h.Where) -> None:
             for weight in (None, weights, weights > 0.7, weights.bfloat16(), weights.double()):
                 for grads in ("s", "st"):
                     h.check(
-                        where, loss, student, teacher, reduction=reduction, row_weight=weight, grads=grads, grad_output=0.7, num_classes=37
+                        where,
+                        loss,
+                        student,
+                        teacher,
+                        reduction=reduction,
+                        row_weight=weight,
+                        grads=grads,
+                        grad_output=0.7,
+                        num_classes=37,
                     )
         for denominator in (7.5, torch.tensor(7.5), torch.tensor(7), torch.tensor(7.5, dtype=torch.bfloat16)):
             h.check(where, loss, student, teacher, denominator=denominator, grads="st", reduction="sum")
@@ -179,7 +187,16 @@ def agreement(where: h.Where) -> None:
         loss=st.sampled_from(("kl_div_tau", "logit_mse")), masked=st.booleans(), weighted=st.booleans(),
     )  # fmt: skip
     def agree(
-        rows: int, k: int, tau: float, spread: float, noise: float, pair: str, seed: int, loss: str, masked: bool, weighted: bool
+        rows: int,
+        k: int,
+        tau: float,
+        spread: float,
+        noise: float,
+        pair: str,
+        seed: int,
+        loss: str,
+        masked: bool,
+        weighted: bool,
     ) -> None:
         rng = np.random.default_rng(seed)
         teacher = torch.from_numpy(rng.standard_normal((rows, k)) * spread)
@@ -199,7 +216,10 @@ def agreement(where: h.Where) -> None:
             dtype = getattr(ours, name).dtype
             rounding = 2 * h.rounding_error(want, dtype) if dtype != kind else 0
             size = float(np.sqrt((want.astype(np.float64) ** 2).sum()))
-            assert h.relative_l2(a, b) <= 2 * max(h.GRAD_BUDGET[kind], 2 * slack) + rounding or size < 1e-9, (name, h.relative_l2(a, b))
+            assert h.relative_l2(a, b) <= 2 * max(h.GRAD_BUDGET[kind], 2 * slack) + rounding or size < 1e-9, (
+                name,
+                h.relative_l2(a, b),
+            )
         error = abs(float(ours.loss) - float(theirs.loss))
         assert error <= 2 * max(h.LOSS_BUDGET[kind], 2 * eager[0]) * truth.size or truth.size < 1e-12
 

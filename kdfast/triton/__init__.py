@@ -11,5 +11,9 @@ from kdfast.triton import kl_div_tau, launch, logit_mse
 OPERATORS: dict[str, Callable[..., Any]] = {
     "scale_gradient": launch.scale_gradient,
     "scale_gradient_inplace": launch.scale_gradient_inplace,
-    **{f"{loss.__name__.rsplit('.', 1)[-1]}_{kind}": f for loss in (kl_div_tau, logit_mse) for kind, f in loss.OPERATORS.items()},
+    **{
+        f"{loss.__name__.rsplit('.', 1)[-1]}_{kind}": f
+        for loss in (kl_div_tau, logit_mse)
+        for kind, f in loss.OPERATORS.items()
+    },
 }

@@ -93,7 +93,11 @@ def rows_kernel(
         there = (row < rows)[:, None]
         tl.store(at + k[None, :], tl.where(mask, g, 0.0).to(grad_student.dtype.element_ty), mask=there & (k < width)[None, :])
         for start in range(C, width, C):
-            tl.store(at + (start + k)[None, :], tl.zeros([R, C], grad_student.dtype.element_ty), mask=there & (start + k < width)[None, :])
+            tl.store(
+                at + (start + k)[None, :],
+                tl.zeros([R, C], grad_student.dtype.element_ty),
+                mask=there & (start + k < width)[None, :],
+            )
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -109,7 +113,18 @@ def online_kernel(
     used = row_weight != 0.0
     ratio, tau_f, inv_tau, student_log2, teacher_log2 = _temperatures(tau, teacher_tau, F)
     nothing = tl.zeros([1], F)
-    part = (nothing - float("inf"), nothing - float("inf"), nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing)
+    part = (
+        nothing - float("inf"),
+        nothing - float("inf"),
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+    )
     for start in range(0, classes, C):
         k = start + tl.arange(0, C)
         mask = used[:, None] & (k < classes)[None, :]
@@ -177,7 +192,9 @@ class KlDivTau(Call):
         # sixteen bits a logit: differences are exact without an offset
         self.exact = student.element_size() == 2 and teacher.element_size() == 2 and tau == teacher_tau
 
-    def launch_forward(self, loss: Tensor | None, row_stats: Tensor | None, gradient: Tensor | None, divisor: Divisor) -> Tensor:
+    def launch_forward(
+        self, loss: Tensor | None, row_stats: Tensor | None, gradient: Tensor | None, divisor: Divisor
+    ) -> Tensor:
         per_row = loss is not None
         r, c, warps, resident = forward_tile(self.classes, self.dtype.itemsize, gradient is not None)
         programs = triton.cdiv(self.rows, r)
@@ -199,7 +216,12 @@ class KlDivTau(Call):
         return loss
 
     def launch_gradients(
-        self, row_stats: Tensor, grad_loss: Tensor | None, grad_student: Tensor | None, grad_teacher: Tensor | None, divisor: Divisor
+        self,
+        row_stats: Tensor,
+        grad_loss: Tensor | None,
+        grad_student: Tensor | None,
+        grad_teacher: Tensor | None,
+        divisor: Divisor,
     ) -> None:
         width = max(g.shape[-1] for g in (grad_student, grad_teacher) if g is not None)
         r, c, warps = gradient_tile(width, self.dtype.itemsize)

@@ -214,7 +214,11 @@ def merge(a, b, ratio, tau, inv_tau, student_log2, teacher_log2):
     a_delta, b_delta = apart_by_s0 * b_w, -apart_by_s0 * a_w
     # The heavier side's centre has the shorter way to go.
     from_b = b_w > a_w
-    offset, old, delta = tl.where(from_b, b_offset, a_offset), tl.where(from_b, b_centre, a_centre), tl.where(from_b, b_delta, a_delta)
+    offset, old, delta = (
+        tl.where(from_b, b_offset, a_offset),
+        tl.where(from_b, b_centre, a_centre),
+        tl.where(from_b, b_delta, a_delta),
+    )
     centre = old + finite_or_zero(delta) * tau
     mean = tl.where(from_b, b_mean, a_mean) + (delta - (centre - old) * inv_tau)
     rest = difference(s_top, t_top, offset, centre, ratio, inv_tau)

@@ -200,12 +200,19 @@ class Call:
         self.inputs = (*rows_of(student), *rows_of(teacher), row_weight, stride, self.rows, self.classes)
 
     # Each launches kernels over all rows.
-    def launch_forward(self, loss: Tensor | None, row_stats: Tensor | None, gradient: Tensor | None, divisor: Divisor) -> Tensor:
+    def launch_forward(
+        self, loss: Tensor | None, row_stats: Tensor | None, gradient: Tensor | None, divisor: Divisor
+    ) -> Tensor:
         """Fills loss, one value a row; or, where it is None, returns partial sums. Fills the others that are not None."""
         raise NotImplementedError
 
     def launch_gradients(
-        self, row_stats: Tensor, grad_loss: Tensor | None, grad_student: Tensor | None, grad_teacher: Tensor | None, divisor: Divisor
+        self,
+        row_stats: Tensor,
+        grad_loss: Tensor | None,
+        grad_student: Tensor | None,
+        grad_teacher: Tensor | None,
+        divisor: Divisor,
     ) -> None:
         """Fills the gradients that are not None."""
         raise NotImplementedError
@@ -237,6 +244,7 @@ class Call:
 
 def operators(loss: type[Call]) -> dict[str, Callable[..., Any]]:
     """A loss's operators, as csrc/ops.cpp declares them."""
+
     def forward(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         call = loss(student, teacher, *rest)
         row_stats = call.empty((call.rows, call.stats))
@@ -306,4 +314,6 @@ def _scale(out: Tensor, gradient: Tensor, grad_loss: Tensor) -> None:
         return
     block = 4096 // gradient.element_size() * 2
     with on_device(gradient):
-        scale_kernel[(math.ceil(size / block),)](out, gradient, grad_loss, size, IN_PLACE=out is gradient, BLOCK=block, num_warps=4)
+        scale_kernel[(math.ceil(size / block),)](
+            out, gradient, grad_loss, size, IN_PLACE=out is gradient, BLOCK=block, num_warps=4
+        )

@@ -162,7 +162,9 @@ class LogitMse(Call):
         self.per_row = 1 if self.per_class else self.classes
         self.scale = 0.5 if self.per_class else 1.0
 
-    def launch_forward(self, loss: Tensor | None, row_stats: Tensor | None, gradient: Tensor | None, divisor: Divisor) -> Tensor:
+    def launch_forward(
+        self, loss: Tensor | None, row_stats: Tensor | None, gradient: Tensor | None, divisor: Divisor
+    ) -> Tensor:
         per_row = loss is not None
         r, c, warps, resident = forward_tile(self.classes, self.dtype.itemsize, self.center, gradient is not None)
         programs = triton.cdiv(self.rows, r)
@@ -170,7 +172,16 @@ class LogitMse(Call):
             loss = self.empty((programs,))
         if not self.center:
             rows_kernel[(programs,)](
-                *self.inputs, self.scale, *divisor, loss, *gradient_args(gradient), F=self.F, PER_ROW=per_row, R=r, C=c, num_warps=warps
+                *self.inputs,
+                self.scale,
+                *divisor,
+                loss,
+                *gradient_args(gradient),
+                F=self.F,
+                PER_ROW=per_row,
+                R=r,
+                C=c,
+                num_warps=warps,
             )
             return loss
         if row_stats is None and not resident:
@@ -184,7 +195,12 @@ class LogitMse(Call):
         return loss
 
     def launch_gradients(
-        self, row_stats: Tensor, grad_loss: Tensor | None, grad_student: Tensor | None, grad_teacher: Tensor | None, divisor: Divisor
+        self,
+        row_stats: Tensor,
+        grad_loss: Tensor | None,
+        grad_student: Tensor | None,
+        grad_teacher: Tensor | None,
+        divisor: Divisor,
     ) -> None:
         width = max(g.shape[-1] for g in (grad_student, grad_teacher) if g is not None)
         c = min(1024, max(16, triton.next_power_of_2(width)))
