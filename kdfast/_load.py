@@ -1,6 +1,7 @@
 """Loads the extension, after torch and only into a torch it was built for."""
 
 import importlib.metadata
+import importlib.util
 
 import torch
 from torch.torch_version import TorchVersion
@@ -26,3 +27,4 @@ except ImportError as error:
     ) from error
 
 HAS_CUDA_KERNELS: bool = _C.build_info()["cuda"]
+HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kdfast import reference
+from kdfast._load import HAS_CUDA_KERNELS
 
 # row_weight, denominator as a tensor, denominator as a number, reduction, num_classes
 Options = tuple[Tensor | None, Tensor | None, float | None, int, int]
@@ -25,22 +26,63 @@ class Loss(NamedTuple):
     forward_grad: Any
     backward: Any
     backward_inplace: Any
+    scale_gradient: Any
+    scale_gradient_inplace: Any
     row_stats: Callable[..., int]
     reference: Callable[..., Tensor]
 
 
-def _loss(name: str, row_stats: Callable[..., int], definition: Callable[..., Tensor]) -> Loss:
-    ops = torch.ops.kdfast
-    kinds = ("forward", "forward_grad", "backward", "backward_inplace")
-    return Loss(*(getattr(ops, f"{name}_{kind}").default for kind in kinds), row_stats, definition)
+KINDS = ("forward", "forward_grad", "backward", "backward_inplace")
+SCALING = ("scale_gradient", "scale_gradient_inplace")
 
 
-KL_DIV_TAU = _loss("kl_div_tau", lambda tau, teacher_tau, scale_by_tau_squared: 8, reference.kl_div_tau)
-LOGIT_MSE = _loss("logit_mse", lambda center, tau_limit: 3 if center else 0, reference.logit_mse)
-LOSSES = (KL_DIV_TAU, LOGIT_MSE)
+def _loss(namespace: str, name: str, row_stats: Callable[..., int], definition: Callable[..., Tensor]) -> Loss:
+    ops = getattr(torch.ops, namespace)
+    names = (*(f"{name}_{kind}" for kind in KINDS), *SCALING)
+    return Loss(*(getattr(ops, each).default for each in names), row_stats, definition)
 
-scale_gradient = torch.ops.kdfast.scale_gradient.default
-scale_gradient_inplace = torch.ops.kdfast.scale_gradient_inplace.default
+
+def _losses(namespace: str) -> tuple[Loss, ...]:
+    return (
+        _loss(namespace, "kl_div_tau", lambda tau, teacher_tau, scale_by_tau_squared: 8, reference.kl_div_tau),
+        _loss(namespace, "logit_mse", lambda center, tau_limit: 3 if center else 0, reference.logit_mse),
+    )
+
+
+def _triton_operator(name: str) -> Callable[..., Any]:
+    """One of kdfast.triton's, which is imported by its first call."""
+
+    def run(*args: Any) -> Any:
+        from kdfast.triton import OPERATORS
+
+        return OPERATORS[name](*args)
+
+    return run
+
+
+def _define_triton(losses: tuple[Loss, ...]) -> list[torch.library.Library]:
+    """Gives every operator kdfast::X a twin kdfast_triton::X, and itself the same kernel on CUDA where the build has none there."""
+    twins = torch.library.Library("kdfast_triton", "DEF")
+    stand_ins = torch.library.Library("kdfast", "IMPL")
+    for operator in dict.fromkeys(operator for loss in losses for operator in loss[:6]):
+        name = operator.name().removeprefix("kdfast::").removesuffix(".default")
+        run = _triton_operator(name)
+        twins.define(str(operator._schema).removeprefix("kdfast::"))
+        for key in ("CUDA", "CPU"):  # the CPU's is for Triton's interpreter
+            twins.impl(name, run, key)
+        if not HAS_CUDA_KERNELS:
+            stand_ins.impl(name, run, "CUDA")
+    return [twins, stand_ins]  # an implementation lives as long as its library
+
+
+KL_DIV_TAU, LOGIT_MSE = _losses("kdfast")
+_libraries = _define_triton((KL_DIV_TAU, LOGIT_MSE))
+LOSSES = (KL_DIV_TAU, LOGIT_MSE, *_losses("kdfast_triton"))
+
+
+def on_triton(loss: Loss) -> Loss:
+    """The same loss by Triton's kernels."""
+    return LOSSES[LOSSES.index(loss) + 2]
 
 
 def transformed() -> bool:
@@ -100,7 +142,7 @@ class _Function(torch.autograd.Function):
                 loss, grad_loss, student, teacher, options, parameters, for_student, for_teacher
             )
         elif in_forward:
-            grad_student = _scaled(kept, grad_loss)
+            grad_student = _scaled(loss, kept, grad_loss)
         elif inplace and for_student:
             grad_teacher = loss.backward_inplace(
                 _row_numbers(grad_loss), student, teacher, kept, *options, *parameters, for_teacher
@@ -118,12 +160,12 @@ class _Function(torch.autograd.Function):
         )
 
 
-def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+def _scaled(loss: Loss, gradient: Tensor, grad_loss: Tensor) -> Tensor:
     """gradient * grad_loss: in place where this backward is the saved gradient's last use, which leaves it alone where grad_loss is 1."""
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-        scaled: Tensor = scale_gradient(gradient, grad_loss)
+        scaled: Tensor = loss.scale_gradient(gradient, grad_loss)
         return scaled
-    scale_gradient_inplace(gradient, grad_loss)
+    loss.scale_gradient_inplace(gradient, grad_loss)
     return gradient
 
 
@@ -188,7 +230,8 @@ def _register_fakes(loss: Loss) -> None:
         torch.library.register_fake(operator.name())(fake)
 
 
-for _each in LOSSES:
-    _register_fakes(_each)
-torch.library.register_fake("kdfast::scale_gradient")(lambda gradient, grad_loss: torch.empty_like(gradient))
-torch.library.register_fake("kdfast::scale_gradient_inplace")(lambda gradient, grad_loss: None)
+for _loss_of in LOSSES:
+    _register_fakes(_loss_of)
+for _each in ("kdfast", "kdfast_triton"):
+    torch.library.register_fake(f"{_each}::scale_gradient")(lambda gradient, grad_loss: torch.empty_like(gradient))
+    torch.library.register_fake(f"{_each}::scale_gradient_inplace")(lambda gradient, grad_loss: None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdfast import _ops
-from kdfast._load import HAS_CUDA_KERNELS
+from kdfast._load import HAS_CUDA_KERNELS, HAS_TRITON
 
 Number = float | int
 
@@ -172,6 +172,8 @@ def _call(
     options = (row_weight, denominator, divisor, code, num_classes)
     if backend == "reference" or _ops.transformed():
         return loss.reference(student, teacher, *options, *parameters)
+    if backend == "triton":
+        loss = _ops.on_triton(loss)
     return _ops.apply(loss, student, teacher, options, parameters, inplace)
 
 
@@ -284,7 +286,7 @@ DEFAULT_BACKEND = _default_backend()
 
 
 def _resolve_backend(backend: str, student: Tensor) -> str:
-    """The backend to run, one that is there: "cpp" or "reference"."""
+    """The backend to run, one that is there: "cpp", "triton" or "reference"."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
     if backend == "auto":
@@ -294,16 +296,39 @@ def _resolve_backend(backend: str, student: Tensor) -> str:
     if backend == "auto":
         if has_kernel:
             return "cpp"
+        if device == "cuda" and _missing_for_triton(student.device) is None:
+            return "triton"
         _warn_of_reference(device)
         return "reference"
     if backend == "triton":
-        raise ValueError("backend 'triton' is not in this version of kdfast; 'cpp' and 'reference' are")
+        missing = _missing_for_triton(student.device)
+        if missing is not None:
+            raise ValueError(f"backend 'triton' cannot run here: {missing}; or pass backend='cpp' or 'reference'")
     if backend == "cpp" and not has_kernel:
         raise ValueError(
             f"backend 'cpp' has no kernels for logits on {student.device} in this build (python -m kdfast.info shows what it has); "
-            "for CUDA, rebuild where nvcc is found (KDFAST_CUDA=1 makes its absence an error), or pass backend='reference'"
+            "for CUDA, rebuild where nvcc is found (KDFAST_CUDA=1 makes its absence an error), or pass backend='triton' or 'reference'"
         )
     return backend
+
+
+OLDEST_FOR_TRITON = (8, 0)  # compute capability
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _missing_for_triton(device: torch.device) -> str | None:
+    """What backend "triton" lacks for logits on a device; None where it runs."""
+    if not HAS_TRITON:
+        return "the package triton is not installed (pip install triton)"
+    if device.type == "cuda":
+        if torch.version.hip is None and not torch.compiler.is_compiling():
+            capability = torch.cuda.get_device_capability(device)
+            if capability < OLDEST_FOR_TRITON:
+                return f"{device} has compute capability {capability[0]}.{capability[1]}, and Triton takes 8.0 or newer"
+        return None
+    if device.type == "meta" or (device.type == "cpu" and TRITON_INTERPRETED):
+        return None
+    return f"the logits are on {device} and it takes a GPU (for tests, TRITON_INTERPRET=1 in the environment runs it on the CPU, slowly)"
 
 
 _warned_devices: set[str] = set()

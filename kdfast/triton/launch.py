@@ -1,0 +1,319 @@
+"""What the losses' launches share: where rows lie, the divisor of a reduction, the sum over rows, a gradient times a number.
+
+A step launches these kernels and a loss's own alone: no operator of torch runs on the device.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kdfast.triton.kl_math import number
+
+MAX_ROW_DIMS = 3  # leading dimensions that do not merge; logits of more are copied
+
+
+# ---- in kernels ------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def row_offsets(row, layout):
+    """Where rows start. layout: (stride), (size, outer stride, stride) or (size, size, outermost stride, outer stride, stride)."""
+    if len(layout) == 1:
+        return row * layout[0]
+    elif len(layout) == 3:
+        outer = row // layout[0]
+        return outer * layout[1] + (row - outer * layout[0]) * layout[2]
+    else:
+        outer = row // layout[1]
+        outermost = outer // layout[0]
+        return outermost * layout[2] + (outer - outermost * layout[0]) * layout[3] + (row - outer * layout[1]) * layout[4]
+
+
+@triton.jit
+def grad_scale(divisor, divisor_tensor, F: tl.constexpr):
+    """1 / divisor, a tensor's where there is one."""
+    if divisor_tensor is None:
+        return number(1.0 / divisor, F)
+    else:
+        return 1.0 / tl.load(divisor_tensor).to(F)
+
+
+@triton.jit
+def weight_of(weight, weight_stride, row, rows, F: tl.constexpr):
+    """One for each row there is where no weights are given; 0 beyond the last."""
+    if weight is None:
+        return tl.where(row < rows, 1.0, 0.0).to(F)
+    else:
+        return tl.load(weight + row * weight_stride, mask=row < rows, other=0).to(F)
+
+
+@triton.jit
+def load_tile(logits, layout, row, k, mask, F: tl.constexpr):
+    return tl.load(logits + row_offsets(row, layout)[:, None] + k[None, :], mask=mask, other=-float("inf")).to(F)
+
+
+@triton.jit
+def store_loss(loss, row, rows, value, PER_ROW: tl.constexpr):
+    """A row's value, or the sum of those of a program's rows."""
+    if PER_ROW:
+        tl.store(loss + row, value, mask=row < rows)
+    else:
+        tl.store(loss + tl.program_id(0), tl.sum(value, 0))
+
+
+@triton.jit
+def store_gradient(gradient, layout, width, row, k, there, mask, g):
+    at = gradient + row_offsets(row, layout)[:, None] + k[None, :]
+    tl.store(at, tl.where(mask, g, 0.0).to(gradient.dtype.element_ty), mask=there & (k < width)[None, :])
+
+
+@triton.jit
+def divisor_kernel(weight, rows, per_row: "fp64", out, BLOCK: tl.constexpr):
+    """The divisor of a weighted mean; 1 where every row is masked."""
+    at = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, rows, BLOCK):
+        total += tl.load(weight + start + at, mask=start + at < rows, other=0).to(tl.float64)
+    total = tl.sum(total, 0)
+    tl.store(out, tl.where(total == 0.0, 1.0, total * per_row))
+
+
+@triton.jit
+def reduce_kernel(partial, count, divisor: "fp64", divisor_tensor, out, BLOCK: tl.constexpr):
+    """The sum of partial sums, in their order, over the divisor."""
+    at = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, count, BLOCK):
+        total += tl.load(partial + start + at, mask=start + at < count, other=0.0).to(tl.float64)
+    total = tl.sum(total, 0)
+    if divisor_tensor is None:
+        total = total / divisor
+    else:
+        total = total / tl.load(divisor_tensor).to(tl.float64)
+    tl.store(out, total.to(out.dtype.element_ty))
+
+
+@triton.jit
+def scale_kernel(out, gradient, factor, size, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
+    if out.dtype.element_ty == tl.float64:
+        f = tl.load(factor).to(tl.float64)
+    else:
+        f = tl.load(factor).to(tl.float32)
+    if not IN_PLACE or f != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        g = tl.load(gradient + at, mask=at < size)
+        tl.store(out + at, (g.to(f.dtype) * f).to(out.dtype.element_ty), mask=at < size)
+
+
+# ---- on the host -----------------------------------------------------------------------------------------------------------------
+
+
+def merged_rows(logits: Tensor) -> tuple[int, ...] | None:
+    """The layout of row_offsets; None where the leading dimensions do not merge into few enough."""
+    dims: list[list[int]] = []
+    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = [dims[-1][0] * size, stride]
+        else:
+            dims.append([size, stride])
+    if len(dims) > MAX_ROW_DIMS:
+        return None
+    dims = dims or [[1, logits.shape[-1]]]
+    return (*(size for size, _ in dims[1:]), *(stride for _, stride in dims))
+
+
+def rows_of(logits: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    layout = merged_rows(logits)
+    if layout is None:
+        logits = logits.contiguous()
+        layout = (logits.shape[-1],)
+    return logits, layout
+
+
+def gradient_args(gradient: Tensor | None) -> tuple[Tensor | None, tuple[int, ...], int]:
+    """(tensor, layout, width), of a gradient that may not be wanted."""
+    if gradient is None:
+        return None, (1,), 0
+    layout = merged_rows(gradient)
+    if layout is None:
+        raise ValueError(
+            f"inplace_backward with backend 'triton' takes student_logits of at most {MAX_ROW_DIMS} leading dimensions that do not "
+            f"merge; got shape {tuple(gradient.shape)} and strides {gradient.stride()}"
+        )
+    return gradient, layout, gradient.shape[-1]
+
+
+def one_number(tensor: Tensor) -> bool:
+    """Whether it holds one number for all rows."""
+    return tensor.numel() == 1 or not any(tensor.stride())
+
+
+def accumulate_type(student: Tensor, teacher: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+
+
+def on_device(tensor: Tensor) -> Any:
+    """Makes a tensor's device the current one, which is where Triton launches."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+# The number that the sum over rows is divided by: a float, or a tensor where the device alone knows it.
+Divisor = tuple[float, Tensor | None]
+
+
+class Call:
+    """One call of a loss's operators. A subclass has its parameters, and launches its kernels."""
+
+    stats = 0  # numbers a row that the backward needs
+    per_row = 1  # how many elements a row counts for in a mean
+
+    def __init__(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        row_weight: Tensor | None,
+        denominator: Tensor | None,
+        divisor: float | None,
+        reduction: int,
+        num_classes: int,
+    ) -> None:
+        self.reduction = reduction
+        self.shape = student.shape[:-1]
+        self.rows = self.shape.numel()
+        self.classes = student.shape[-1] if num_classes < 0 else num_classes
+        self.dtype = accumulate_type(student, teacher)
+        self.F = tl.float64 if self.dtype == torch.float64 else tl.float32
+        self.device = student.device
+        self.row_weight, self.denominator, self.number = row_weight, denominator, divisor
+        # the first arguments of every kernel
+        stride = 0 if row_weight is None or one_number(row_weight) else 1
+        self.inputs = (*rows_of(student), *rows_of(teacher), row_weight, stride, self.rows, self.classes)
+
+    # Each launches kernels over all rows.
+    def launch_forward(
+        self, loss: Tensor | None, row_stats: Tensor | None, gradient: Tensor | None, divisor: Divisor
+    ) -> Tensor:
+        """Fills loss, one value a row; or, where it is None, returns partial sums. Fills the others that are not None."""
+        raise NotImplementedError
+
+    def launch_gradients(
+        self,
+        row_stats: Tensor,
+        grad_loss: Tensor | None,
+        grad_student: Tensor | None,
+        grad_teacher: Tensor | None,
+        divisor: Divisor,
+    ) -> None:
+        """Fills the gradients that are not None."""
+        raise NotImplementedError
+
+    def empty(self, shape: Any, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def divisor(self) -> Divisor:
+        if self.number is not None:
+            return self.number, None
+        if self.denominator is not None:
+            return 1.0, self.denominator
+        if self.reduction == 3:
+            return float(self.shape[0]), None
+        if self.reduction != 2:
+            return 1.0, None
+        if self.row_weight is None or self.rows == 0:
+            return float(self.rows * self.per_row), None
+        out = self.empty((), torch.float64)
+        divisor_kernel[(1,)](self.row_weight, self.rows, float(self.per_row), out, BLOCK=_sum_block(self.rows))
+        return 1.0, out
+
+    def reduced(self, partial: Tensor, divisor: Divisor) -> Tensor:
+        out = self.empty(())
+        count = partial.shape[0]
+        reduce_kernel[(1,)](partial, count, *divisor, out, BLOCK=_sum_block(count))
+        return out
+
+
+def operators(loss: type[Call]) -> dict[str, Callable[..., Any]]:
+    """A loss's operators, as csrc/ops.cpp declares them."""
+
+    def forward(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        call = loss(student, teacher, *rest)
+        row_stats = call.empty((call.rows, call.stats))
+        per_row = call.empty(call.shape) if call.reduction == 0 else None
+        with on_device(student):
+            value = call.empty((0,)) if per_row is None else per_row
+            if call.rows > 0:
+                value = call.launch_forward(per_row, row_stats if call.stats else None, None, (1.0, None))
+            return value if per_row is not None else call.reduced(value, call.divisor()), row_stats
+
+    def forward_grad(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        call = loss(student, teacher, *rest)
+        gradient = new_gradient(student)
+        with on_device(student):
+            divisor, partial = call.divisor(), call.empty((0,))
+            if call.rows > 0:
+                partial = call.launch_forward(None, None, gradient, divisor)
+            return call.reduced(partial, divisor), gradient
+
+    def into(
+        grad_student: Tensor | None, grad_teacher: Tensor | None, grad_loss: Tensor, student: Tensor, teacher: Tensor, row_stats: Tensor,
+        *rest: Any,
+    ) -> None:  # fmt: skip
+        call = loss(student, teacher, *rest)
+        if call.rows > 0 and (grad_student is not None or grad_teacher is not None):
+            with on_device(student):
+                call.launch_gradients(row_stats, grad_loss, grad_student, grad_teacher, call.divisor())
+
+    def backward(grad_loss: Tensor, student: Tensor, teacher: Tensor, row_stats: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        *rest, for_student, for_teacher = rest
+        grad_student, grad_teacher = new_gradient(student, for_student), new_gradient(teacher, for_teacher)
+        wanted = grad_student if for_student else None, grad_teacher if for_teacher else None
+        into(*wanted, grad_loss, student, teacher, row_stats, *rest)
+        return grad_student, grad_teacher
+
+    def backward_inplace(grad_loss: Tensor, student: Tensor, teacher: Tensor, row_stats: Tensor, *rest: Any) -> Tensor:
+        *rest, for_teacher = rest
+        grad_teacher = new_gradient(teacher, for_teacher)
+        into(student, grad_teacher if for_teacher else None, grad_loss, student, teacher, row_stats, *rest)
+        return grad_teacher
+
+    return {f.__name__: f for f in (forward, forward_grad, backward, backward_inplace)}
+
+
+def _sum_block(count: int) -> int:
+    return min(1024, max(32, triton.next_power_of_2(count)))
+
+
+def new_gradient(like: Tensor, wanted: bool = True) -> Tensor:
+    """Contiguous; an empty tensor where it is not wanted."""
+    return torch.empty(like.shape if wanted else (0,), dtype=like.dtype, device=like.device)
+
+
+def scale_gradient(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+    out = new_gradient(gradient)
+    _scale(out, gradient, grad_loss)
+    return out
+
+
+def scale_gradient_inplace(gradient: Tensor, grad_loss: Tensor) -> None:
+    _scale(gradient, gradient, grad_loss)
+
+
+def _scale(out: Tensor, gradient: Tensor, grad_loss: Tensor) -> None:
+    size = gradient.numel()
+    if size == 0:
+        return
+    block = 4096 // gradient.element_size() * 2
+    with on_device(gradient):
+        scale_kernel[(math.ceil(size / block),)](
+            out, gradient, grad_loss, size, IN_PLACE=out is gradient, BLOCK=block, num_warps=4
+        )

@@ -1,0 +1,338 @@
+"""What test_triton.py runs in processes of its own: under Triton's interpreter, through the emulator, and for the compiler alone.
+
+python triton_runs.py interpreter | emulator | compile CC
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import helpers as h
+import numpy as np
+import torch
+
+import kdfast
+
+
+def show(*what: object) -> None:
+    print(*what, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- interpreter
+
+
+def round_to_nearest() -> None:
+    """Triton's interpreter truncates a float32 to bfloat16, where every GPU rounds."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    truncating = interpreter._convert_float
+
+    def convert(value: np.ndarray, kind: tl.dtype, to: tl.dtype, mode: object) -> np.ndarray:
+        if (kind, to) != (tl.float32, tl.bfloat16):
+            return truncating(value, kind, to, mode)
+        return torch.from_numpy(np.ascontiguousarray(value)).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+
+    interpreter._convert_float = convert
+
+
+def interpret() -> None:
+    round_to_nearest()
+    where = h.Where("cpu", "triton")
+    matrix(where, ((3, 2), (3, 10), (2, 1003)), ("fp32", "bf16", "fp16", "fp32-bf16", "bf16-fp32", "fp64"))
+    for regime in h.REGIMES:
+        for tau in h.TAUS:
+            k = 5000 if tau in (0.05, 4.0) else 300  # the first goes through the online pass
+            student, teacher = h.logits(regime, (2, k))
+            truth = h.oracle("kl_div_tau", student, teacher, tau, reduction="none")
+            # logits of 100 leave a float32 difference 2e-6 of its spread: the limit is as good as its inputs
+            allow = (0, 8e-6, 8e-6) if regime == "offset" and tau == math.inf else (0, 0, 0)
+            if regime == "peaked" and tau == 0.05:  # a KL of 1e-35: what float32 holds at all
+                allow = tuple(2 * e for e in h.eager_errors("kl_div_tau", student, teacher, truth, tau=tau, reduction="none"))
+            h.check(where, "kl_div_tau", student, teacher, tau=tau, grads="st", reduction="none", truth=truth, allow=allow)
+    online(where)
+    options(where)
+    specials(where)
+    strides(where)
+    agreement(where)
+    gradcheck()
+    compiled_graph()
+
+
+def matrix(where: h.Where, shapes: tuple, pairs: tuple[str, ...]) -> None:
+    """Losses, dtypes and which gradients are wanted; the student's alone is written by the forward."""
+    for shape in shapes:
+        for pair in pairs:
+            student, teacher = h.logits("typical", shape, h.PAIRS[pair])
+            for loss, extra in (
+                ("kl_div_tau", {"tau": 4.0}),
+                ("kl_div_tau", {"tau": math.inf}),
+                ("logit_mse", {}),
+                ("logit_mse", {"center": True}),
+            ):
+                for grads in ("s", "st", ""):
+                    h.check(where, loss, student, teacher, grads=grads, **extra)
+
+
+def online(where: h.Where) -> None:
+    """Rows whose blocks do not resemble each other, which is what merging them must survive."""
+    rng = np.random.default_rng(1)
+    k = 9000
+    step = np.where(np.arange(k) < 4096, -60.0, 0.0)  # the first block has no weight to speak of
+    draws = {"late peak": step, "early peak": step[::-1].copy(), "slope": np.linspace(-30, 30, k), "flat": np.zeros(k)}
+    for name, shape in draws.items():
+        teacher = torch.from_numpy(shape + rng.standard_normal((2, k))).float()
+        for noise in (1e-3, 0.3, 8.0):
+            student = teacher + torch.from_numpy(rng.standard_normal((2, k)) * noise).float()
+            for tau in (0.05, 1.0, 50.0):
+                truth = h.oracle("kl_div_tau", student, teacher, tau, reduction="none")
+                got = where.run("kl_div_tau", student, teacher, tau=tau, reduction="none")
+                kl = truth.rows.max() / tau**2
+                # a KL this small at a low temperature hangs on the last bit of logits of 60 / tau
+                allow = 1e-4 if tau < 1 else 0.0
+                h.check_loss(got.loss, truth, (student, teacher), allow=allow)
+                h.check_grad(got.student, truth.student, student, (student, teacher), allow=allow)
+                assert math.isfinite(kl), name
+    masked = torch.from_numpy(rng.standard_normal((2, k))).float()
+    masked[0, :4096] = -h.INF  # a block without any class of the teacher, where the student has some
+    student = torch.from_numpy(rng.standard_normal((2, k))).float()
+    student[0, :4096] -= 12.0
+    h.check(where, "kl_div_tau", student, masked, tau=2.0, grads="st", reduction="none")
+
+
+def options(where: h.Where) -> None:
+    student, teacher = h.logits("typical", (3, 2, 40))
+    weights = torch.tensor([[1, 0], [0.5, 2], [1, 1]])
+    for loss in ("kl_div_tau", "logit_mse"):
+        for reduction in ("none", "sum", "mean", "batchmean"):
+            for weight in (None, weights, weights > 0.7, weights.bfloat16(), weights.double()):
+                for grads in ("s", "st"):
+                    h.check(
+                        where,
+                        loss,
+                        student,
+                        teacher,
+                        reduction=reduction,
+                        row_weight=weight,
+                        grads=grads,
+                        grad_output=0.7,
+                        num_classes=37,
+                    )
+        for denominator in (7.5, torch.tensor(7.5), torch.tensor(7), torch.tensor(7.5, dtype=torch.bfloat16)):
+            h.check(where, loss, student, teacher, denominator=denominator, grads="st", reduction="sum")
+            h.check(where, loss, student, teacher, denominator=denominator, row_weight=weights)
+        h.check(where, loss, student, teacher, row_weight=torch.zeros(3, 2), reduction="mean")
+        h.check(where, loss, student[..., :30], teacher, num_classes=20, grads="st")
+        none = torch.zeros(0, 5, requires_grad=True)
+        assert where.call(loss, none, none.detach(), reduction="sum").item() == 0
+        assert math.isnan(where.call(loss, none, none.detach(), reduction="mean").item())
+    h.check(where, "kl_div_tau", student, teacher, tau=3.0, teacher_tau=1.5, grads="st")
+    h.check(where, "kl_div_tau", student, teacher, tau=3.0, scale_by_tau_squared=False)
+
+
+def specials(where: h.Where) -> None:
+    for k in (12, 4600):
+        student, teacher = h.logits("typical", (6, k))
+        student[0, 3] = teacher[0, 3] = -h.INF
+        teacher[1, 5] = -h.INF
+        student[2, 1] = -h.INF  # the loss is infinite
+        student[3, 2] = math.nan
+        teacher[4, k - 1] = math.nan
+        for tau in (0.5, 4.0):
+            h.check(where, "kl_div_tau", student, teacher, tau=tau, grads="st", reduction="none")
+            h.check(where, "kl_div_tau", student, teacher, tau=tau, row_weight=torch.tensor([1.0, 1, 0, 0, 0, 1]))
+        both = student[:1], teacher[:1]
+        for loss, extra in (("logit_mse", {}), ("logit_mse", {"center": True}), ("kl_div_tau", {"tau": math.inf})):
+            h.check(where, loss, *both, grads="st", **extra)
+            got = where.run(loss, student, teacher, grads="", reduction="none", **extra).loss
+            assert got[2] == h.INF and got[3:5].isnan().all() and got[[0, 5]].isfinite().all(), (loss, extra, got)
+    # a class of vanishing weight in the teacher, at -inf in the student
+    student, teacher = torch.zeros(1, 4), torch.tensor([[0.0, 0.0, 0.0, -1e4]])
+    student[0, 3] = -h.INF
+    assert where.run("kl_div_tau", student, teacher, grads="").loss == h.INF
+
+
+def strides(where: h.Where) -> None:
+    student, teacher = h.logits("typical", (3, 4, 20))
+    for loss in ("kl_div_tau", "logit_mse"):
+        h.check(where, loss, student, teacher, grads="st", view=lambda x: x[:, :-1])
+        h.check(where, loss, student, teacher, grads="st", view=lambda x: x.transpose(0, 1))
+        h.check(where, loss, student, teacher, grads="s", view=lambda x: x[..., 1:-3])
+        h.check(where, loss, student, teacher[:, :1], teacher_view=lambda x: x.expand(3, 4, 20))
+        h.check(where, loss, *h.logits("typical", (2, 3, 2, 3, 2, 8)), grads="st", view=lambda x: x[:, ::2, :, ::2])
+        for view in (lambda x: x * 1, lambda x: (x * 1)[:, :-1]):
+            leaf = student.clone().requires_grad_()
+            where.call(loss, view(leaf), view(teacher), inplace_backward=True).backward()
+            plain = student.clone().requires_grad_()
+            where.call(loss, view(plain), view(teacher)).backward()
+            assert h.relative_l2(leaf.grad.numpy(), plain.grad.numpy()) < 1e-6
+
+
+def agreement(where: h.Where) -> None:
+    """Triton and C++ on random inputs, each at most a budget from the truth."""
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @given(
+        rows=st.integers(1, 3), k=st.integers(1, 70), tau=st.sampled_from((0.3, 1.0, 4.0, 20.0, 1e3, 1e6, math.inf)),
+        spread=st.floats(0, 8), noise=st.floats(1e-2, 4), pair=st.sampled_from(tuple(h.PAIRS)), seed=st.integers(0, 1000),
+        loss=st.sampled_from(("kl_div_tau", "logit_mse")), masked=st.booleans(), weighted=st.booleans(),
+    )  # fmt: skip
+    def agree(
+        rows: int,
+        k: int,
+        tau: float,
+        spread: float,
+        noise: float,
+        pair: str,
+        seed: int,
+        loss: str,
+        masked: bool,
+        weighted: bool,
+    ) -> None:
+        rng = np.random.default_rng(seed)
+        teacher = torch.from_numpy(rng.standard_normal((rows, k)) * spread)
+        student = (teacher + torch.from_numpy(rng.standard_normal((rows, k)) * noise)).to(h.PAIRS[pair][0])
+        teacher = teacher.to(h.PAIRS[pair][1])
+        if masked and k > 3:
+            student[:, k // 2] = teacher[:, k // 2] = -h.INF
+        options = {"tau": tau} if loss == "kl_div_tau" else {"center": k > 20}
+        options |= {"row_weight": torch.from_numpy(rng.random(rows))} if weighted else {}
+        truth = h.oracle(loss, student, teacher, **options)
+        ours = where.run(loss, student, teacher, grads="st", **options)
+        theirs = h.Where("cpu", "cpp").run(loss, student, teacher, grads="st", **options)
+        kind = h.arithmetic(student, teacher)
+        eager = (0, 0, 0) if masked else h.eager_errors(loss, student, teacher, truth, **options)
+        for name, want, slack in (("student", truth.student, eager[1]), ("teacher", truth.teacher, eager[2])):
+            a, b = (h.to_numpy(getattr(got, name)) for got in (ours, theirs))
+            dtype = getattr(ours, name).dtype
+            rounding = 2 * h.rounding_error(want, dtype) if dtype != kind else 0
+            size = float(np.sqrt((want.astype(np.float64) ** 2).sum()))
+            assert h.relative_l2(a, b) <= 2 * max(h.GRAD_BUDGET[kind], 2 * slack) + rounding or size < 1e-9, (
+                name,
+                h.relative_l2(a, b),
+            )
+        error = abs(float(ours.loss) - float(theirs.loss))
+        assert error <= 2 * max(h.LOSS_BUDGET[kind], 2 * eager[0]) * truth.size or truth.size < 1e-12
+
+    agree()
+
+
+def gradcheck() -> None:
+    student, teacher = (x.requires_grad_() for x in h.logits("typical", (2, 5), h.PAIRS["fp64"]))
+    weight = torch.tensor([0.5, 2.0])
+    for tau in (0.7, 4.0, math.inf):
+        for options in ({}, {"reduction": "none"}, {"row_weight": weight, "reduction": "mean"}):
+            call = lambda s, t, tau=tau, o=options: kdfast.kl_div_tau(s, t, tau, backend="triton", **o)  # noqa: E731
+            assert torch.autograd.gradcheck(call, (student, teacher))
+    for center in (False, True):
+        call = lambda s, t, c=center: kdfast.logit_mse(s, t, center=c, backend="triton")  # noqa: E731
+        assert torch.autograd.gradcheck(call, (student, teacher))
+    assert torch.autograd.gradgradcheck(lambda s, t: kdfast.kl_div_tau(s, t, 2.0, backend="triton"), (student, teacher))
+
+
+def compiled_graph() -> None:
+    student, teacher = h.logits("typical", (3, 40))
+    grads = []
+    for call in (kdfast.kl_div_tau, torch.compile(kdfast.kl_div_tau, fullgraph=True, backend="aot_eager")):
+        leaf = student.clone().requires_grad_()
+        call(leaf, teacher, 4.0, backend="triton").backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+    for name in ("kl_div_tau_forward", "kl_div_tau_forward_grad"):
+        operator = getattr(torch.ops.kdfast_triton, name).default
+        torch.library.opcheck(operator, (student, teacher, None, None, None, 2, -1, 4.0, 4.0, True))
+
+
+# ---------------------------------------------------------------------------------------------------------------- emulator
+
+
+def emulate() -> None:
+    """Every launch is checked for memory errors and races; SOFTGPU_STATS holds one line of counts a launch."""
+    where = h.Where("cuda", "triton")
+    for k, rows in ((10, 256), (1000, 8), (1003, 8), (4096, 4), (32000, 2), (128256, 1)):
+        for pair in ("bf16", "fp32"):
+            student, teacher = h.logits("typical", (rows, k), h.PAIRS[pair])
+            truth = h.oracle("kl_div_tau", student, teacher, 4.0, reduction="mean")
+            for grads in ("", "s", "st") if k < 100_000 else ("s",):
+                show("case", json.dumps([k, pair, rows * k, grads]))
+                h.check(where, "kl_div_tau", student, teacher, tau=4.0, reduction="mean", grads=grads, truth=truth)
+            show("case", json.dumps([k, pair, rows * k, "mse"]))
+            h.check(where, "logit_mse", student, teacher)
+    show("case", json.dumps([0, "", 0, "rest"]))
+    student, teacher = h.logits("typical", (4, 3, 24), h.PAIRS["bf16"])
+    weight = torch.rand(4, 3, generator=torch.Generator().manual_seed(0)) > 0.4
+    for loss in ("kl_div_tau", "logit_mse"):
+        h.check(where, loss, student, teacher, row_weight=weight, reduction="mean", num_classes=20, grads="st")
+    h.check(where, "kl_div_tau", *h.logits("typical", (3, 5000)), tau=math.inf, grads="s")
+    h.check(where, "kl_div_tau", *h.logits("typical", (3, 900), h.PAIRS["fp64"]), tau=4.0, grads="s")
+
+
+# ----------------------------------------------------------------------------------------------------------------- compile
+
+
+def compile_for(capability: int) -> None:
+    """Compiles every kernel for a GPU that is not there, by calling the operators with launches left out."""
+    from triton.backends import nvidia
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Absent:
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device=None: 0)
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
+        get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+        map_python_to_cpp_type = staticmethod(lambda name: name)
+
+    driver.set_active(Absent())
+    run, compiled = JITFunction.run, {}
+
+    def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> object:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled.setdefault(id(kernel), (self.__name__, kernel))
+        return kernel
+
+    JITFunction.run = compile_only
+    cuobjdump = os.path.join(os.path.dirname(nvidia.__file__), "bin", "cuobjdump")
+    from kdfast.triton import OPERATORS
+
+    def report() -> Iterator[dict]:
+        for name, kernel in compiled.values():
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(kernel.asm["cubin"])
+                file.flush()
+                text = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+            registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", text).groups())
+            yield {"kernel": name, "registers": registers, "spilled": stack + local, "warps": kernel.metadata.num_warps}
+
+    shapes = (10, 1000, 4096, 32000) if capability == 90 else (1000, 32000)
+    for k in shapes:
+        for dtype in (torch.bfloat16, torch.float32):
+            student, teacher, one = torch.zeros(4, k, dtype=dtype), torch.zeros(4, k, dtype=dtype), torch.ones(())
+            for loss, extra in (("kl_div_tau", (4.0, 4.0, True)), ("logit_mse", (True, True))):
+                rest = (None, None, None, 3, -1, *extra)
+                stats = torch.zeros(4, 8 if loss == "kl_div_tau" else 3)
+                OPERATORS[f"{loss}_forward"](student, teacher, *rest)
+                OPERATORS[f"{loss}_forward_grad"](student, teacher, *rest)
+                if k in (1000, 32000) and capability == 90:
+                    OPERATORS[f"{loss}_backward"](one, student, teacher, stats, *rest, True, True)
+            OPERATORS["scale_gradient"](student, one)
+            for row in report():
+                show(json.dumps({"classes": k, "dtype": str(dtype), **row}))
+            compiled.clear()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"interpreter": interpret, "emulator": emulate, "compile": lambda: compile_for(int(sys.argv[2]))}[sys.argv[1]]()
+    show("done")
+    os._exit(0)  # the emulator's threads may still be there
