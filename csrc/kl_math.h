@@ -48,34 +48,44 @@ struct Scalar<double> {
   using type = double;
 };
 
-// Horner's rule; the coefficients ascend.
-template <class V, class F, int N>
-KDFAST_INLINE V polynomial(V x, const F (&c)[N]) {
-  V y = x * c[N - 1] + c[N - 2];
-  for (int i = N - 3; i >= 0; --i) y = y * x + c[i];
-  return y;
+// Horner's rule for the coefficients C::of, which ascend. (A recursion over constants: device code may not refer to a host's array.)
+template <class C, int i = 0, class V>
+KDFAST_INLINE V polynomial(V x) {
+  constexpr int last = int(sizeof(C::of) / sizeof(C::of[0])) - 1;
+  constexpr auto c = C::of[i];
+  if constexpr (i + 1 == last) {
+    constexpr auto top = C::of[last];
+    return x * top + c;
+  } else {
+    return polynomial<C, i + 1>(x) * x + c;
+  }
 }
 
 // Chebyshev interpolants on the interval named, to the precision of the type.
 template <class F>
-struct Coefficients;
+struct PhiSeries;  // (e^x - 1 - x) / x^2 on [-1, 1]
+template <class F>
+struct Exp2Series;  // 2^x on [-1/2, 1/2]
 template <>
-struct Coefficients<float> {
-  // (e^x - 1 - x) / x^2 on [-1, 1]: 1.1e-7 relative
-  static constexpr float phi[] = {0.5f,          0.166666973f,   0.0416666972f,   0.00833088617f,
+struct PhiSeries<float> {  // 1.1e-7 relative
+  static constexpr float of[] = {0.5f,          0.166666973f,   0.0416666972f,   0.00833088617f,
                                   0.00138864477f, 0.000203290419f, 0.0000252884348f};
-  // 2^x on [-1/2, 1/2]: 2.5e-9 relative
-  static constexpr float exp2[] = {1.0f,           0.693147207f,   0.240226509f,  0.0555032723f,
+};
+template <>
+struct Exp2Series<float> {  // 2.5e-9 relative
+  static constexpr float of[] = {1.0f,           0.693147207f,   0.240226509f,  0.0555032723f,
                                    0.00961805667f, 0.00134004282f, 0.000154614447f};
 };
 template <>
-struct Coefficients<double> {
-  // 1.5e-17 and 4.2e-18 relative
-  static constexpr double phi[] = {0.500000000000000006,   0.166666666666666667,   0.0416666666666660883,  0.00833333333333329936,
+struct PhiSeries<double> {  // 1.5e-17 relative
+  static constexpr double of[] = {0.500000000000000006,   0.166666666666666667,   0.0416666666666660883,  0.00833333333333329936,
                                    0.00138888888889814045, 0.000198412698413241979, 0.0000248015872460968169, 2.7557319191381817e-6,
                                    2.75573350689337267e-7, 2.50521176959078236e-8, 2.08744355758642747e-9, 1.60576796238016377e-10,
                                    1.16391941241505224e-11, 7.74617859301882749e-13};
-  static constexpr double exp2[] = {1.0,
+};
+template <>
+struct Exp2Series<double> {  // 4.2e-18 relative
+  static constexpr double of[] = {1.0,
                                     0.693147180559945309,
                                     0.240226506959101596,
                                     0.055504108664821627,
@@ -92,11 +102,11 @@ struct Coefficients<double> {
 // Both for |x| <= 1, multiply-adds only.
 template <class V>
 KDFAST_INLINE V phi_series(V x) {
-  return x * x * polynomial(x, Coefficients<typename Scalar<V>::type>::phi);
+  return x * x * polynomial<PhiSeries<typename Scalar<V>::type>>(x);
 }
 template <class V>
 KDFAST_INLINE V expm1_series(V x) {
-  return x * x * polynomial(x, Coefficients<typename Scalar<V>::type>::phi) + x;
+  return x * x * polynomial<PhiSeries<typename Scalar<V>::type>>(x) + x;
 }
 
 KDFAST_INLINE float log(float x) { return ::logf(x); }

@@ -104,7 +104,7 @@ KDFAST_INLINE V exp2_nonpositive(V x) {
   const V bounded = vmax(x, splat<V>(F(T::lowest)));
   const V shifted = bounded + T::magic;
   const V fraction = bounded - (shifted - T::magic);
-  const V mantissa = math::polynomial(fraction, math::Coefficients<F>::exp2);
+  const V mantissa = math::polynomial<math::Exp2Series<F>>(fraction);
   const V result = (V)((IntOf<V>)mantissa + ((IntOf<V>)shifted << T::mantissa));
   return flush ? (x < F(T::lowest) ? V{} : result) : result;
 }
