@@ -140,7 +140,7 @@ struct LogitMseArgs {
 
 namespace cpu {
 
-// Rows [begin, end). Forward writes the gradients too where they are asked for; backward reads row_stats.
+// Rows [begin, end). Forward writes the student's gradient too where it is asked for; backward reads row_stats.
 void kl_div_tau_forward(const KlDivTauArgs& args, int64_t begin, int64_t end);
 void kl_div_tau_backward(const KlDivTauArgs& args, int64_t begin, int64_t end);
 void logit_mse_forward(const LogitMseArgs& args, int64_t begin, int64_t end);

@@ -113,8 +113,12 @@ KDFAST_INLINE float log(float x) { return ::logf(x); }
 KDFAST_INLINE double log(double x) { return ::log(x); }
 KDFAST_INLINE float exp(float x) { return ::expf(x); }
 KDFAST_INLINE double exp(double x) { return ::exp(x); }
-KDFAST_INLINE float log1p(float x) { return ::log1pf(x); }
-KDFAST_INLINE double log1p(double x) { return ::log1p(x); }
+// Within two ulp for x >= 0: the logarithm of the rounded 1 + x, and the rounding made good.
+template <class F>
+KDFAST_INLINE F log1p(F x) {
+  const F sum = 1 + x;
+  return log(sum) + (x - (sum - 1)) / sum;
+}
 template <class F>
 KDFAST_INLINE F larger_magnitude(F a, F b) {
   a = a < 0 ? -a : a;
@@ -144,6 +148,11 @@ KDFAST_INLINE F row_offset(F d, F magnitude) {
   constexpr F round = sizeof(F) == 4 ? F(12582912.0) : F(6755399441055744.0);  // 1.5 * 2^23, 1.5 * 2^52
   const F big = round * (power_of_two(magnitude) / 128), offset = (d + big) - big;
   return offset - offset == 0 ? offset : F(0);  // not finite: a row with infinities or NaN
+}
+
+template <class F>
+KDFAST_INLINE F phi(F x) {
+  return x * x < 1 ? phi_series(x) : exp(x) - 1 - x;
 }
 
 // Below this value of the plain form the stable one is taken: there the plain one has lost a digit to cancellation, and the stable

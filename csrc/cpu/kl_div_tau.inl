@@ -1,8 +1,8 @@
 // softmax-KL at temperature tau on the CPU. Reads the student's and the teacher's logits; writes a loss and KlStat numbers a row,
 // and the gradients. kl_math.h has the formulas and the names.
 //
-// Forward goes over a row three times, and once more for a gradient; all but the first find the row in cache. The exponentials are
-// kept in a scratch row rather than computed again.
+// Forward goes over a row twice, and once more for the gradient; the row is in cache from the first pass on, and the pass that has
+// the most arithmetic fetches the next row. For the gradient the exponentials are kept in a scratch row, not computed again.
 
 namespace kdfast::cpu::KDFAST_ISA {
 namespace {
@@ -11,6 +11,7 @@ template <class F>
 struct KlTemperatures {
   F ratio, inv_tau, student_log2, teacher_log2;  // tau / teacher_tau, 1 / tau, log2(e) / tau, log2(e) / teacher_tau
 
+  KlTemperatures() = default;
   explicit KlTemperatures(const KlDivTauArgs& args) {
     constexpr double kLog2E = 1.4426950408889634;
     ratio = F(args.tau / args.teacher_tau);
@@ -20,118 +21,163 @@ struct KlTemperatures {
   }
 };
 
-// One row's KlStat numbers and what is computed from them for each class. V is the vector type.
-template <class F, class V>
-struct KlRow : KlTemperatures<F> {
+// One row: its KlStat numbers, and the constants of w, v and x as one multiply-add each. Their rounding multiplies all of a row's w,
+// or v, by one factor, or shifts all of its x, which `rest` takes into account; p, q and x - m do not see it.
+template <class F, class V, class S, class T>
+struct KlRow {
+  static constexpr F inf = F(__builtin_inf());
+  static constexpr bool kSixteenBits = sizeof(S) == 2 && sizeof(T) == 2;
+
+  KlTemperatures<F> k;
+  const S* student = nullptr;
+  const T* teacher = nullptr;
+  int64_t classes = 0;
   F stat[KlStat::count] = {};
+  F student_bias = 0, teacher_bias = 0, x_bias = 0;
+  F rest = 0;  // of the plain form
 
-  explicit KlRow(const KlTemperatures<F>& temperatures) : KlTemperatures<F>(temperatures) {}
+  KlRow() = default;
+  KlRow(const KlTemperatures<F>& temperatures, const S* s, const T* t, int64_t n)
+      : k(temperatures), student(s), teacher(t), classes(n) {}
 
+  void set_biases() {
+    student_bias = -stat[KlStat::s_max] * k.student_log2;
+    teacher_bias = -stat[KlStat::t_max] * k.teacher_log2;
+    x_bias = -stat[KlStat::centre] * k.inv_tau;
+  }
+
+  template <class Lanes>
+  KDFAST_INLINE V student_logits(int64_t i, Lanes lanes) const {
+    return load<V>(student + i, lanes, -inf);
+  }
+  template <class Lanes>
+  KDFAST_INLINE V teacher_logits(int64_t i, Lanes lanes) const {
+    return load<V>(teacher + i, lanes, -inf);
+  }
   KDFAST_INLINE V teacher_weight(V t) const {  // w; exactly 0 for a class at -inf and only there
-    const V w = exp2_nonpositive<false>((t - stat[KlStat::t_max]) * this->teacher_log2);
-    return t == -F(__builtin_inf()) ? V{} : w;
+    const V w = exp2_nonpositive<false>(t * k.teacher_log2 + teacher_bias);
+    return t == -inf ? V{} : w;
   }
   KDFAST_INLINE V student_weight(V s) const {  // v
-    return exp2_nonpositive<true>((s - stat[KlStat::s_max]) * this->student_log2);
+    return exp2_nonpositive<true>(s * k.student_log2 + student_bias);
   }
   KDFAST_INLINE V difference(V s, V t) const {  // x
-    return (((s - stat[KlStat::offset]) - this->ratio * t) - stat[KlStat::centre]) * this->inv_tau;
+    if constexpr (!kSixteenBits) s -= stat[KlStat::offset];
+    return (s - k.ratio * t) * k.inv_tau + x_bias;
+  }
+
+  // The pass for the maxima, and what follows from them.
+  void find_reference() {
+    V s_max = splat<V>(-inf), t_max = s_max, s_at_t_max = s_max;
+    for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
+      const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
+      s_at_t_max = t > t_max ? s : s_at_t_max;
+      t_max = vmax(t, t_max);
+      s_max = vmax(s, s_max);
+    });
+    const F s_top = largest(s_max), t_j = largest(t_max);
+    F s_j = largest(t_max == t_j ? s_at_t_max : splat<V>(-inf));
+    if (s_j == -inf) s_j = k.ratio * t_j;  // the loss is infinite (the teacher has mass there): any finite reference will show it
+    const F size = math::larger_magnitude(math::larger_magnitude(s_top, s_j), t_j);
+    // Differences of sixteen-bit logits are exact without an offset.
+    const F offset = kSixteenBits ? F(0) : math::row_offset(s_j - k.ratio * t_j, size);
+    const F centre = (s_j - offset) - k.ratio * t_j;
+    stat[KlStat::t_max] = t_j;
+    stat[KlStat::s_max] = s_top;
+    stat[KlStat::offset] = offset;
+    stat[KlStat::centre] = centre;
+    set_biases();
+    constexpr F kLn2 = F(0.6931471805599453);
+    const F w_bias = t_j * k.teacher_log2 + teacher_bias, v_bias = s_top * k.student_log2 + student_bias;
+    rest = (s_top - s_j) * k.inv_tau + (w_bias - v_bias) * kLn2 + (centre * k.inv_tau + x_bias);
+  }
+
+  // The pass for the sums. Leaves w and v in scratch rows where `keep`, and fetches another row.
+  template <bool keep>
+  void sum_row(F* kept_w, F* kept_v, const S* next_student, const T* next_teacher) {
+    const F exp_rest = math::exp(rest);  // w e^x = v e^rest
+    V s0{}, s1{}, z{}, excess{};
+    for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
+      __builtin_prefetch(next_student + i, 0, 2);
+      __builtin_prefetch(next_teacher + i, 0, 2);
+      const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
+      const V w = teacher_weight(t), v = student_weight(s), difference_or_nan = difference(s, t);
+      const V x = t == -inf ? V{} : difference_or_nan;  // 0 log 0
+      const V wx = w * x;
+      s0 += w;
+      s1 += wx;
+      z += v;
+      excess += x * x < 1 ? w * math::phi_series(x) : (v * exp_rest - w) - wx;
+      if constexpr (keep) {
+        store(kept_w + i, w, lanes);
+        store(kept_v + i, v, lanes);
+      }
+    });
+    stat[KlStat::inv_s0] = sum(s0);
+    stat[KlStat::inv_z] = sum(z);
+    stat[KlStat::mean] = sum(s1);
+    stat[KlStat::kl] = sum(excess);
+  }
+
+  // The row's numbers from its sums.
+  void finish_row() {
+    const F inv_s0 = 1 / stat[KlStat::inv_s0], z = stat[KlStat::inv_z], mean = stat[KlStat::mean] * inv_s0;
+    const F mean_excess = stat[KlStat::kl] * inv_s0;
+    stat[KlStat::mean] = mean;
+    stat[KlStat::inv_s0] = inv_s0;
+    stat[KlStat::inv_z] = 1 / z;
+    F kl = math::log(z * inv_s0) + rest - mean;
+    if (kl < F(math::kStableBelow)) {
+      const F phi_mean = math::phi(mean), centred = mean_excess - phi_mean;
+      // Around a class that is far off the mean this difference would lose digits (three bits are given away), or overflow.
+      kl = centred >= phi_mean / 8 ? math::log1p(math::exp(-mean) * centred) : centred_kl();
+    }
+    stat[KlStat::kl] = kl;
+  }
+
+  // The stable form around the mean itself: another pass.
+  __attribute__((noinline)) F centred_kl() const {
+    const F mean = stat[KlStat::mean], exp_rest = math::exp(rest - mean);  // w e^(x - m) = v e^(rest - m)
+    V excess{};
+    for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
+      const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
+      const V w = teacher_weight(t), centred_or_nan = difference(s, t) - mean;
+      const V x = t == -inf ? V{} : centred_or_nan;
+      excess += x * x < 1 ? w * math::phi_series(x) : (student_weight(s) * exp_rest - w) - w * x;
+    });
+    return math::log1p(sum(excess) * stat[KlStat::inv_s0]);
+  }
+
+  // The pass for the gradients. weights.teacher(i, lanes, t) and weights.student(i, lanes, s) are w and v.
+  template <bool for_student, bool for_teacher, class Weights>
+  void write_gradients(Weights weights, F student_factor, F teacher_factor, const GradientRow<S>& grad_student,
+                       const GradientRow<T>& grad_teacher) const {
+    const F mean = stat[KlStat::mean], shift = mean + stat[KlStat::kl];
+    const F p_student = stat[KlStat::inv_s0] * student_factor, q_student = stat[KlStat::inv_z] * student_factor;
+    const F p_teacher = stat[KlStat::inv_s0] * teacher_factor;
+    const int64_t head = for_student ? grad_student.template head<V>() : grad_teacher.template head<V>();
+    for_each_vector<V>(classes, head, [&](int64_t i, auto lanes) {
+      const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
+      const V w = weights.teacher(i, lanes, t), x = difference(s, t);
+      if constexpr (for_student) {
+        const V z = x - shift, p = w * p_student;
+        const V near = p * math::expm1_series(z), far = weights.student(i, lanes, s) * q_student - p;
+        grad_student.put(i, z * z < 1 ? near : far, lanes);
+      }
+      if constexpr (for_teacher) {
+        const V g = w * p_teacher * (mean - x);
+        grad_teacher.put(i, t == -inf ? V{} : g, lanes);
+      }
+    });
+    grad_student.zero(classes);
+    grad_teacher.zero(classes);
   }
 };
-
-// The pass for the maxima, and what follows from them.
-template <class F, class V, class S, class T>
-void find_reference(KlRow<F, V>& row, const S* student, const T* teacher, int64_t classes) {
-  constexpr F inf = F(__builtin_inf());
-  V s_max = splat<V>(-inf), t_max = splat<V>(-inf), s_at_t_max = splat<V>(-inf);
-  for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
-    const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf);
-    s_at_t_max = t > t_max ? s : s_at_t_max;
-    t_max = vmax(t, t_max);
-    s_max = vmax(s, s_max);
-  });
-  F s_j = s_at_t_max[0], t_j = t_max[0];
-  for (int lane = 1; lane < kLanes<V>; ++lane) {
-    if (t_max[lane] > t_j) s_j = s_at_t_max[lane];
-    t_j = t_max[lane] > t_j ? t_max[lane] : t_j;
-  }
-  const F s_top = reduce(s_max, [](F a, F b) { return a > b ? a : b; });
-  if (s_j == -inf) s_j = row.ratio * t_j;  // the loss is infinite (the teacher has mass there): any finite reference will show it
-  const F d = s_j - row.ratio * t_j;
-  const bool exact = sizeof(S) == 2 && sizeof(T) == 2 && row.ratio == 1;  // sixteen bits a logit: differences are exact without it
-  const F size = math::larger_magnitude(math::larger_magnitude(s_top, s_j), t_j);
-  row.stat[KlStat::t_max] = t_j;
-  row.stat[KlStat::s_max] = s_top;
-  row.stat[KlStat::offset] = exact ? F(0) : math::row_offset(d, size);
-  row.stat[KlStat::centre] = (s_j - row.stat[KlStat::offset]) - row.ratio * t_j;
-  row.stat[KlStat::kl] = (s_top - s_j) * row.inv_tau;  // `rest` of the plain form, until the sums are known
-}
-
-// The passes for the sums. Leaves w and, where wanted, v in scratch rows.
-template <class F, class V, class S, class T>
-void sum_row(KlRow<F, V>& row, const S* student, const T* teacher, int64_t classes, F* kept_w, F* kept_v) {
-  constexpr F inf = F(__builtin_inf());
-  V s0{}, s1{}, z{};
-  for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
-    const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf);
-    const V w = row.teacher_weight(t), v = row.student_weight(s);
-    const V x = row.difference(s, t);
-    s0 += w;
-    z += v;
-    s1 += w * (w == 0 ? V{} : x);  // 0 log 0
-    store(kept_w + i, w, lanes);
-    if (kept_v) store(kept_v + i, v, lanes);
-  });
-  const F inv_s0 = 1 / sum(s0), zs = sum(z), mean = sum(s1) * inv_s0;
-  const F rest = row.stat[KlStat::kl], plain = math::log(zs * inv_s0) + rest - mean;
-  row.stat[KlStat::mean] = mean;
-  row.stat[KlStat::inv_s0] = inv_s0;
-  row.stat[KlStat::inv_z] = 1 / zs;
-  row.stat[KlStat::kl] = plain;
-  if (!(plain < F(math::kStableBelow))) return;
-
-  const F exp_of_reference = math::exp(rest - mean);  // w exp(x - m) = v times this: no overflow, and right where w underflows
-  V excess{};                                         // sum w phi(x - m)
-  for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
-    const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf), w = load<V>(kept_w + i, lanes, 0);
-    const V x = row.difference(s, t) - mean;
-    const V centred = w == 0 ? V{} : x;
-    const auto small = centred * centred < 1;
-    V term = w * math::phi_series(centred);
-    if (any(~small)) term = small ? term : row.student_weight(s) * exp_of_reference - w - w * centred;
-    excess += term;
-  });
-  row.stat[KlStat::kl] = math::log1p(sum(excess) * inv_s0);
-}
-
-// The pass for the gradients. weights(i, lanes, s, t) gives w and v of a vector's classes.
-template <class F, class V, class S, class T, class Weights>
-void write_gradients(const KlRow<F, V>& row, const S* student, const T* teacher, int64_t classes, Weights weights, F student_factor,
-                     F teacher_factor, const GradientRow<S>& grad_student, const GradientRow<T>& grad_teacher) {
-  constexpr F inf = F(__builtin_inf());
-  const F mean = row.stat[KlStat::mean], shift = mean + row.stat[KlStat::kl];
-  const F p_student = row.stat[KlStat::inv_s0] * student_factor, q_student = row.stat[KlStat::inv_z] * student_factor;
-  const F p_teacher = row.stat[KlStat::inv_s0] * teacher_factor;
-  const int64_t head = grad_student ? grad_student.template head<V>() : grad_teacher.template head<V>();
-  for_each_vector<V>(classes, head, [&](int64_t i, auto lanes) {
-    const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf);
-    const V w = weights.teacher(i, lanes, t), x = row.difference(s, t);
-    if (grad_student) {
-      const V z = x - shift, p = w * p_student;
-      const auto small = z * z < 1;
-      V g = p * math::expm1_series(z);
-      if (any(~small)) g = small ? g : weights.student(i, lanes, s) * q_student - p;
-      grad_student.put(i, g, lanes);
-    }
-    if (grad_teacher) grad_teacher.put(i, w == 0 ? V{} : w * p_teacher * (mean - x), lanes);
-  });
-  grad_student.zero(classes);
-  grad_teacher.zero(classes);
-}
 
 template <class F, class S, class T>
 struct KlDivTau {
   using V = typename VecOf<F>::type;
+  using Row = KlRow<F, V, S, T>;
 
   struct Kept {
     const F *w, *v;
@@ -145,7 +191,7 @@ struct KlDivTau {
     }
   };
   struct Recomputed {
-    const KlRow<F, V>& row;
+    const Row& row;
     template <class Lanes>
     KDFAST_INLINE V teacher(int64_t, Lanes, V t) const {
       return row.teacher_weight(t);
@@ -156,8 +202,8 @@ struct KlDivTau {
     }
   };
 
-  template <class Weights>
-  static void gradients(const KlDivTauArgs& args, int64_t r, F weight, const KlRow<F, V>& row, Weights weights) {
+  template <bool for_student, bool for_teacher, class Weights>
+  static void gradients(const KlDivTauArgs& args, int64_t r, F weight, const Row& row, Weights weights) {
     const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
     const GradientRow<T> grad_teacher(args.grad_teacher, args.rows, r, args.student.data);
     if (weight == 0) {
@@ -166,42 +212,77 @@ struct KlDivTau {
       return;
     }
     const F factor = args.grad_loss.at(r, F(1)) * F(args.grad_scale) * weight;
-    write_gradients<F, V>(row, row_of<S>(args.student, r), row_of<T>(args.teacher, r), args.classes, weights,
-                          factor * F(args.scale / args.tau), factor * F(args.scale / args.teacher_tau), grad_student, grad_teacher);
+    row.template write_gradients<for_student, for_teacher>(weights, factor * F(args.scale / args.tau),
+                                                           factor * F(args.scale / args.teacher_tau), grad_student, grad_teacher);
+  }
+
+  // Rows of few classes go through each pass together: what a row waits for between two passes is then another row's work.
+  static constexpr int kTogether = 16, kTogetherClasses = 2048;
+  // Rows longer than this do not keep w and v, which would drive the logits out of the cache.
+  static constexpr int64_t kKeptBytes = 1 << 20;
+
+  // `gradient`: the student's, too.
+  template <bool gradient, bool keep>
+  static void forward(const KlDivTauArgs& args, int64_t begin, int64_t end) {
+    const KlTemperatures<F> temperatures(args);
+    const int64_t classes = args.classes, most = kTogetherClasses / classes;
+    const int64_t together = most < 1 ? 1 : most > kTogether ? kTogether : most;
+    Scratch<F> scratch(keep ? together * classes * 2 : 0);
+    F weight[kTogether];
+    Row rows[kTogether];
+    const auto kept_w = [&](int64_t i) { return scratch.data + 2 * i * classes; };
+    const auto kept_v = [&](int64_t i) { return kept_w(i) + classes; };
+    for (int64_t first = begin; first < end; first += together) {
+      const int64_t count = first + together < end ? together : end - first;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t r = first + i;
+        rows[i] = Row(temperatures, row_of<S>(args.student, r), row_of<T>(args.teacher, r), classes);
+        weight[i] = args.weight.at(r, F(1));
+        if (weight[i] != 0) rows[i].find_reference();
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t next = first + i + together < end ? first + i + together : first + i;
+        if (weight[i] != 0)
+          rows[i].template sum_row<keep>(kept_w(i), kept_v(i), row_of<S>(args.student, next), row_of<T>(args.teacher, next));
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        if (weight[i] != 0) rows[i].finish_row();
+        const F loss = rows[i].stat[KlStat::kl] * F(args.scale) * weight[i];
+        static_cast<F*>(args.row_loss)[first + i] = weight[i] != 0 ? loss : 0;
+        copy_numbers(args.row_stats, (first + i) * KlStat::count, rows[i].stat, KlStat::count);
+      }
+      if constexpr (gradient)
+        for (int64_t i = 0; i < count; ++i) {
+          if constexpr (keep)
+            gradients<true, false>(args, first + i, weight[i], rows[i], Kept{kept_w(i), kept_v(i)});
+          else
+            gradients<true, false>(args, first + i, weight[i], rows[i], Recomputed{rows[i]});
+        }
+    }
+  }
+
+  template <bool for_student, bool for_teacher>
+  static void backward(const KlDivTauArgs& args, int64_t begin, int64_t end) {
+    const KlTemperatures<F> temperatures(args);
+    for (int64_t r = begin; r < end; ++r) {
+      Row row(temperatures, row_of<S>(args.student, r), row_of<T>(args.teacher, r), args.classes);
+      __builtin_memcpy(row.stat, static_cast<const F*>(args.row_stats) + r * KlStat::count, sizeof row.stat);
+      row.set_biases();
+      gradients<for_student, for_teacher>(args, r, args.weight.at(r, F(1)), row, Recomputed{row});
+    }
   }
 
   struct Forward {
     static void run(const KlDivTauArgs& args, int64_t begin, int64_t end) {
-      const KlTemperatures<F> temperatures(args);
-      const bool wants_gradient = args.grad_student.data || args.grad_teacher.data;
-      Scratch<F> scratch(args.classes * (wants_gradient ? 2 : 1));
-      F *w = scratch.data, *v = wants_gradient ? w + args.classes : nullptr;
-      for (int64_t r = begin; r < end; ++r) {
-        KlRow<F, V> row(temperatures);
-        const F weight = args.weight.at(r, F(1));
-        F loss = 0;
-        if (weight != 0) {
-          const S* student = row_of<S>(args.student, r);
-          const T* teacher = row_of<T>(args.teacher, r);
-          find_reference(row, student, teacher, args.classes);
-          sum_row(row, student, teacher, args.classes, w, v);
-          loss = row.stat[KlStat::kl] * F(args.scale) * weight;
-        }
-        static_cast<F*>(args.row_loss)[r] = loss;
-        copy_numbers(args.row_stats, r * KlStat::count, row.stat, KlStat::count);
-        if (wants_gradient) gradients(args, r, weight, row, Kept{w, v});
-      }
+      if (!args.grad_student.data) return forward<false, false>(args, begin, end);
+      const bool keep = args.classes * int64_t(sizeof(S) + sizeof(T) + 2 * sizeof(F)) <= kKeptBytes;
+      keep ? forward<true, true>(args, begin, end) : forward<true, false>(args, begin, end);
     }
   };
-
   struct Backward {
     static void run(const KlDivTauArgs& args, int64_t begin, int64_t end) {
-      const KlTemperatures<F> temperatures(args);
-      for (int64_t r = begin; r < end; ++r) {
-        KlRow<F, V> row(temperatures);
-        __builtin_memcpy(row.stat, static_cast<const F*>(args.row_stats) + r * KlStat::count, sizeof row.stat);
-        gradients(args, r, args.weight.at(r, F(1)), row, Recomputed{row});
-      }
+      if (!args.grad_teacher.data) return backward<true, false>(args, begin, end);
+      args.grad_student.data ? backward<true, true>(args, begin, end) : backward<false, true>(args, begin, end);
     }
   };
 };

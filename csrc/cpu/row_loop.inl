@@ -51,7 +51,7 @@ struct GradientRow {
 // A row of numbers to keep between two passes over a row; on the stack where it is short.
 template <class F>
 struct Scratch {
-  alignas(64) F small[2048 / sizeof(F)];
+  alignas(64) F small[16384 / sizeof(F)];
   F* data = small;
 
   explicit Scratch(int64_t count) {

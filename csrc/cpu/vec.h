@@ -25,6 +25,7 @@ struct VecOf<float> {
   typedef VecF type;
   typedef int32_t Int __attribute__((vector_size(KDFAST_VECTOR_BYTES)));
   static constexpr int mantissa = 23, lowest = -126;
+  static constexpr float smallest = 0x1p-126f;
   static constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
 };
 template <>
@@ -32,6 +33,7 @@ struct VecOf<double> {
   typedef VecD type;
   typedef int64_t Int __attribute__((vector_size(KDFAST_VECTOR_BYTES)));
   static constexpr int mantissa = 52, lowest = -1022;
+  static constexpr double smallest = 0x1p-1022;
   static constexpr double magic = 6755399441055744.0;
 };
 template <class V>
@@ -51,6 +53,7 @@ template <class V>
 KDFAST_INLINE V splat(ScalarOf<V> x) {
   return x - V{};
 }
+// b where either is NaN.
 template <class V>
 KDFAST_INLINE V vmax(V a, V b) {
 #if defined(KDFAST_AVX512)
@@ -81,32 +84,55 @@ KDFAST_INLINE bool any(Mask mask) {
   return all != 0;
 #endif
 }
-// Pairwise, always in the same order.
+// Lane i with lane i + n / 2, then the same for the lower half: always in the same order.
 template <class V, class Op>
 KDFAST_INLINE ScalarOf<V> reduce(V v, Op op) {
-  ScalarOf<V> a[kLanes<V>];
-  __builtin_memcpy(a, &v, sizeof v);
-  for (int half = kLanes<V> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) a[i] = op(a[i], a[i + half]);
-  return a[0];
+  if constexpr (kLanes<V> == 16) v = op(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  if constexpr (kLanes<V> == 16) v = op(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 8, 9, 10, 11, 12, 13, 14, 15));
+  if constexpr (kLanes<V> == 16) v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  if constexpr (kLanes<V> == 16) v = op(v, __builtin_shufflevector(v, v, 1, 0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  if constexpr (kLanes<V> == 8) v = op(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+  if constexpr (kLanes<V> == 8) v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 4, 5, 6, 7));
+  if constexpr (kLanes<V> == 8) v = op(v, __builtin_shufflevector(v, v, 1, 0, 2, 3, 4, 5, 6, 7));
+  if constexpr (kLanes<V> == 4) v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
+  if constexpr (kLanes<V> == 4) v = op(v, __builtin_shufflevector(v, v, 1, 0, 2, 3));
+  if constexpr (kLanes<V> == 2) v = op(v, __builtin_shufflevector(v, v, 1, 0));
+  return v[0];
 }
 template <class V>
 KDFAST_INLINE ScalarOf<V> sum(V v) {
-  return reduce(v, [](auto a, auto b) { return a + b; });
+  return reduce(v, [](V a, V b) { return a + b; });
+}
+template <class V>
+KDFAST_INLINE ScalarOf<V> largest(V v) {
+  return reduce(v, [](V a, V b) { return vmax(a, b); });
 }
 
-// 2^x for x <= 0 (and a little above): exactly zero where `flush` and x is below the exponent range, else no less than the
-// smallest normal number.
+// 2^x, rounded within an ulp, for x <= 0 (and a little above). Below the exponent range: 0 where `flush`, else the smallest normal
+// number; NaN for NaN.
 template <bool flush, class V>
 KDFAST_INLINE V exp2_nonpositive(V x) {
   using F = ScalarOf<V>;
   using T = VecOf<F>;
-  const V bounded = vmax(x, splat<V>(F(T::lowest)));
+  const V lowest = splat<V>(F(T::lowest));
+#if defined(KDFAST_AVX512)
+  V fraction, result;
+  if constexpr (sizeof(F) == 4) {
+    fraction = (V)_mm512_reduce_ps((__m512)x, 0);
+    result = (V)_mm512_scalef_ps((__m512)math::polynomial(fraction, math::Coefficients<F>::exp2), (__m512)(x - fraction));
+  } else {
+    fraction = (V)_mm512_reduce_pd((__m512d)x, 0);
+    result = (V)_mm512_scalef_pd((__m512d)math::polynomial(fraction, math::Coefficients<F>::exp2), (__m512d)(x - fraction));
+  }
+  return flush ? result : vmax(splat<V>(T::smallest), result);  // (FlushSubnormals is on)
+#else
+  const V bounded = vmax(lowest, x);
   const V shifted = bounded + T::magic;
   const V fraction = bounded - (shifted - T::magic);
   const V mantissa = math::polynomial<math::Exp2Series<F>>(fraction);
   const V result = (V)((IntOf<V>)mantissa + ((IntOf<V>)shifted << T::mantissa));
-  return flush ? (x < F(T::lowest) ? V{} : result) : result;
+  return flush ? (x < lowest ? V{} : result) : result;
+#endif
 }
 
 // Sixteen-bit formats: widened exactly, narrowed to nearest even. Written so that flushed subnormals (FlushSubnormals below) do
@@ -119,14 +145,23 @@ struct Half {
 };
 template <class V>
 KDFAST_INLINE typename Half<V>::Floats widen(typename Half<V>::Bits h, BF16) {
+#if defined(KDFAST_AVX512)
+  if constexpr (sizeof(h) == 32) return (typename Half<V>::Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+#endif
+#if defined(KDFAST_AVX2)
+  if constexpr (sizeof(h) == 16) return (typename Half<V>::Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16);
+#endif
   return (typename Half<V>::Floats)(__builtin_convertvector(h, typename Half<V>::Words) << 16);
 }
 template <class V>
 KDFAST_INLINE typename Half<V>::Bits narrow(typename Half<V>::Floats x, BF16) {
   using Words = typename Half<V>::Words;
   const Words w = (Words)x;
-  const Words rounded = (w + 0x7FFFu + ((w >> 16) & 1u)) >> 16;
-  return __builtin_convertvector(x == x ? rounded : Words{} + 0x7FC0u, typename Half<V>::Bits);
+  const Words rounded = (w + 0x7FFFu + ((w >> 16) & 1u)) >> 16, result = x == x ? rounded : Words{} + 0x7FC0u;
+#if defined(KDFAST_AVX512)
+  if constexpr (sizeof(w) == 64) return (typename Half<V>::Bits)_mm512_cvtepi32_epi16((__m512i)result);
+#endif
+  return __builtin_convertvector(result, typename Half<V>::Bits);
 }
 template <class V>
 KDFAST_INLINE typename Half<V>::Floats widen(typename Half<V>::Bits h, F16) {

@@ -1,0 +1,69 @@
+# PYTHON (used when the virtual environment is made), TORCH and VENV choose its interpreter, its torch and its folder;
+# KDFAST_CUDA, TORCH_CUDA_ARCH_LIST and MAX_JOBS go to setup.py. `make help` lists the targets.
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+TORCH ?= torch==2.14.1
+VENV ?= .venv
+
+# ninja and the other tools are found there
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+python := $(VENV)/bin/python
+pip := $(python) -m pip --disable-pip-version-check --quiet
+# Folders are named too, so that a file taken away counts as a change.
+built_from := setup.py pyproject.toml $(shell find csrc)
+
+.PHONY: help test demo bench lint ctest sanitize audit clean FORCE
+MAKEFLAGS += --no-print-directory
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+test: $(VENV)/with-test ## run the tests (PYTEST_ARGS="-k mse -x")
+	$(python) -m pytest $(PYTEST_ARGS)
+
+demo: $(VENV)/with-demo ## distil students on handwritten digits: a table and a plot
+	$(python) -m examples.digits $(DEMO_ARGS)
+
+bench: $(VENV)/with-bench ## accuracy and speed against eager PyTorch and torch.compile
+	$(python) -m benchmarks.accuracy
+	$(python) -m benchmarks.cpu_speed
+
+lint: $(VENV)/with-dev ## check style and types
+	ruff check
+	ruff format --check
+	clang-format --dry-run -Werror $$(git ls-files '*.h' '*.inl' '*.cpp' '*.cu' '*.cuh')
+	mypy
+
+ctest: $(VENV)/with-dev ## test the kernels without torch (CMake)
+	cmake -S . -B build/cmake
+	cmake --build build/cmake --parallel $(or $(MAX_JOBS),2)
+	ctest --test-dir build/cmake --output-on-failure
+
+sanitize: $(VENV)/with-dev ## the same under the address and undefined-behaviour sanitizers
+	cmake -S . -B build/sanitize -DKDFAST_SANITIZE=address,undefined
+	cmake --build build/sanitize --parallel $(or $(MAX_JOBS),2)
+	ctest --test-dir build/sanitize --output-on-failure
+
+audit: $(VENV)/with-dev ## check that the extension uses torch's stable ABI alone
+	torch-abi-audit kdfast --check torch
+
+clean: ## remove all that make and pip made, the virtual environment included
+	rm -rf $(VENV) build dist *.egg-info kdfast/_C.*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# One stamp for each extra, older than any changed source or setting: no command runs stale kernels.
+$(VENV)/with-%: $(VENV)/torch $(VENV)/settings $(built_from)
+	$(pip) install --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+$(VENV)/torch: $(VENV)/settings
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(pip) install '$(TORCH)' 'setuptools>=77.0.3' ninja
+	@touch $@
+
+# Written only when a setting changes.
+settings := $(TORCH) KDFAST_CUDA=$(KDFAST_CUDA) TORCH_CUDA_ARCH_LIST=$(TORCH_CUDA_ARCH_LIST)
+$(VENV)/settings: FORCE
+	@mkdir -p $(VENV)
+	@echo '$(settings)' | cmp -s - $@ || echo '$(settings)' > $@

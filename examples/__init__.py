@@ -1,0 +1,1 @@
+"""Runnable examples. Start with ``python -m examples.digits``."""

@@ -1,0 +1,29 @@
+"""Fixtures: ``where`` runs a test on every (device, backend) pair there is, ``kernel`` on those with kernels of our own."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+sys.path.insert(0, os.path.dirname(__file__))
+
+import helpers
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for name in ("where", "kernel"):
+        if name in metafunc.fixturenames:
+            pairs = [w for w in helpers.places() if name == "where" or w.backend != "reference"]
+            metafunc.parametrize(name, pairs, ids=str)
+
+
+@pytest.fixture(params=["kl_div_tau", "logit_mse"])
+def loss(request: pytest.FixtureRequest) -> str:
+    return request.param

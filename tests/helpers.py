@@ -1,0 +1,554 @@
+"""The oracle, the budgets and the inputs of the tests: one helper judges every number.
+
+* ``oracle`` computes a loss and both gradients by the definition, in extended precision, with every option of the
+  public functions.  It shares no code with the package; ``test_oracle.py`` proves it against mpmath.
+* ``check_loss`` / ``check_grad`` compare with the oracle.  Budgets are *relative* (DESIGN section 2): 5e-6 for a batch's loss and
+  2e-6 in L2 for a gradient when the arithmetic is float32, and about 2**-53 / 2**-24 of that for float64.  There is no absolute
+  tolerance; the only floor is where float32 has no digits at all (1e-34).
+* ``logits`` draws the inputs, ``Where`` runs the package on one (device, backend) pair: inputs are built on the CPU and
+  moved, results are moved back, and every backward gets an explicit ``grad_output``, so that no kernel but kdfast's runs on the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+INF = math.inf
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+#: dtype pairs (student, teacher): the four types, and the mixtures users have.
+PAIRS = {
+    "fp32": (F32, F32),
+    "bf16": (BF16, BF16),
+    "fp16": (F16, F16),
+    "fp32-bf16": (F32, BF16),  # a frozen 16-bit teacher
+    "bf16-fp32": (BF16, F32),  # cached fp32 teacher logits, student under autocast
+    "fp64": (F64, F64),
+}
+#: every other mixture, for the tests that only ask whether it works
+ALL_PAIRS = [(a, b) for a in (F64, F32, BF16, F16) for b in (F64, F32, BF16, F16)]
+
+#: the temperatures of the acceptance matrix: label matching, the usual ones, logit matching and its limit
+TAUS = (0.05, 0.3, 1.0, 4.0, 20.0, 1e3, 1e6, INF)
+
+LOSS_BUDGET = {F32: 5e-6, F64: 1e-13}
+GRAD_BUDGET = {F32: 2e-6, F64: 1e-13}
+#: What the type cannot hold: an exponential that underflowed (1e-38), times a logit.  Nothing else is absolute here.
+FLOOR = {F32: 1e-34, F64: 1e-290}
+# float64: 5e-6 and 2e-6 are about 80 and 30 float32 roundings; the same count of float64 roundings is 1e-14 and 4e-15.  1e-13 leaves
+# the kernels' float64 polynomials a decimal digit, and is nine digits below anything a float32 step in the chain would leave.
+
+
+# ------------------------------------------------------------------------------------------------------------------ oracle
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the package should return.  NaN in ``grad_*`` where nothing is specified (see ``unspecified``)."""
+
+    loss: np.ndarray  # 0-d, or one value a row
+    student: np.ndarray  # gradient of sum(loss * grad_output), shape of the student's logits
+    teacher: np.ndarray
+    size: float  # sum of the absolute terms of the loss: the scale its error is relative to
+    unspecified: np.ndarray  # rows whose gradient is not specified (loss is +inf by a one-sided -inf), rows' shape
+    rows: np.ndarray  # per-row loss, before weights and reduction
+    no_student: (
+        np.ndarray
+    )  # where the student's gradient is zero by construction: masked row, padded column, class off on both sides
+    no_teacher: np.ndarray
+
+
+def to_numpy(x: Any, kind: type = np.float64) -> np.ndarray:
+    """Exact conversion of a tensor of any floating type."""
+    if isinstance(x, Tensor):
+        x = x.detach().cpu()
+        x = x.to(F64).numpy() if x.is_floating_point() else x.numpy()
+    return np.asarray(x).astype(kind)
+
+
+def _phi(x: np.ndarray) -> np.ndarray:
+    """e**x - 1 - x for |x| < 1, by its series: no cancellation."""
+    total, term = np.zeros_like(x), x * x / 2
+    for k in range(3, 26):  # 1/25! = 6e-26
+        total = total + term
+        term = term * x / k
+    return total
+
+
+def _kl_rows(s: np.ndarray, t: np.ndarray, tau: Any, teacher_tau: Any) -> tuple[np.ndarray, ...]:
+    """Unscaled KL a row, d/d(s/tau), d/d(t/teacher_tau), rows with student-only -inf."""
+    on_s, on_t = s > -INF, t > -INF  # NaN: off on both sides; such rows are overwritten by the caller
+    both = on_s & on_t
+    s0, t0 = np.where(on_s, s, 0), np.where(on_t, t, 0)
+    # exact difference first: s and t may agree to many digits
+    x = (s0 - t0) / tau if tau == teacher_tau else s0 / tau - t0 / teacher_tau
+    shift = np.take_along_axis(x, np.where(both, t0, -INF).argmax(-1)[..., None], -1)
+    x = np.where(
+        both, x - shift, 0
+    )  # 0 where p may be 1 to the last digit, so that the mean m is not rounded to an ulp of the shift
+
+    def softmax(z: np.ndarray, on: np.ndarray, temp: Any) -> tuple[np.ndarray, np.ndarray]:
+        top = np.max(np.where(on, z, -INF), -1, keepdims=True, initial=-np.finfo(z.dtype).max)
+        e = np.where(on, np.exp(np.where(on, z - top, 0) / temp), 0)
+        total = e.sum(-1, keepdims=True)
+        return e / total, top / temp + np.log(total)
+
+    p, lse_t = softmax(t0, on_t, teacher_tau)
+    q, lse_s = softmax(s0, on_s, tau)
+    m = (p * x).sum(-1, keepdims=True)
+    m = m + (p * (x - m)).sum(-1, keepdims=True)  # once refined: sum p (x - m) = 0 to the last digit
+    c = np.where(both, x - m, 0)
+    plain = lse_s - lse_t - shift - m
+    # KL = log sum_k e^{s_k/tau - lse_t - shift - m}; the terms are p_k e^{c_k} where both sides are on, and sum p c = 0 there, so
+    # KL = log1p(sum_both p phi(c) + sum_{student alone} e^{...}).  The exponent form also serves where p has underflowed.
+    small = both & (np.abs(c) < 1)
+    term = np.exp(np.where(on_s & ~small & (plain < 0.5), s0 / tau - lse_t - shift - m, -INF))
+    pieces = np.where(small, p * _phi(np.where(small, c, 0)), term - np.where(both, p + p * c, 0))
+    stable = np.log1p(np.where(plain < 0.5, pieces, 0).sum(-1, keepdims=True))
+    kl = np.where(plain < 0.5, stable, plain)
+    z = c - kl
+    near = both & (np.abs(z) < 1)
+    gs = np.where(near, p * np.expm1(np.where(near, z, 0)), q - p)
+    gs = np.where(on_s | on_t, gs, 0)
+    gt = np.where(on_t, -p * c, 0)
+    lost = ((on_t & ~on_s) & (p > 0)).any(-1)
+    return kl[..., 0], gs, gt, lost
+
+
+def _limit_rows(s: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, ...]:
+    """tau**2 KL as tau -> inf: half the population variance of s - t over the classes both sides keep."""
+    on_s, on_t = s > -INF, t > -INF
+    both = on_s & on_t
+    n = np.maximum(both.sum(-1, keepdims=True), 1)
+    d = np.where(both, np.where(both, s, 0) - np.where(both, t, 0), 0)
+    mean = d.sum(-1, keepdims=True) / n
+    mean = mean + np.where(both, d - mean, 0).sum(-1, keepdims=True) / n
+    c = np.where(both, d - mean, 0)
+    return (c * c).sum(-1) / n[..., 0] / 2, c / n, -c / n, (on_s != on_t).any(-1)
+
+
+def _mse_rows(s: np.ndarray, t: np.ndarray, center: bool) -> tuple[np.ndarray, ...]:
+    """Sum over the classes of the squared difference; a class at -inf on both sides contributes nothing."""
+    on_s, on_t = s > -INF, t > -INF
+    both = on_s & on_t
+    c = np.where(both, np.where(both, s, 0) - np.where(both, t, 0), 0)
+    if center:
+        n = np.maximum(both.sum(-1, keepdims=True), 1)
+        mean = c.sum(-1, keepdims=True) / n
+        mean = mean + np.where(both, c - mean, 0).sum(-1, keepdims=True) / n
+        c = np.where(both, c - mean, 0)
+    return (c * c).sum(-1), 2 * c, -2 * c, (on_s != on_t).any(-1)
+
+
+def oracle(
+    loss: str,
+    student: Any,
+    teacher: Any,
+    tau: float = 1.0,
+    *,
+    teacher_tau: float | None = None,
+    scale_by_tau_squared: bool = True,
+    reduction: str | None = None,
+    row_weight: Any = None,
+    denominator: Any = None,
+    num_classes: int | None = None,
+    center: bool = False,
+    grad_output: Any = 1.0,
+    precision: type | None = None,
+    **_: Any,
+) -> Truth:
+    """The right answer.  ``precision``: float64 suffices for float32 and narrower inputs (2e9 below the budget; the differences
+    are taken before anything is rounded), longdouble for float64 ones; ``test_oracle.py`` holds the two together."""
+    wide = F64 in (getattr(student, "dtype", None), getattr(teacher, "dtype", None))
+    real = precision or (np.longdouble if wide else np.float64)
+    reduction = reduction or ("batchmean" if loss == "kl_div_tau" else "mean")
+    s_all, t_all = to_numpy(student, real), to_numpy(teacher, real)
+    k = num_classes if num_classes is not None else s_all.shape[-1]
+    lead = s_all.shape[:-1]
+    s, t = (np.broadcast_to(a[..., :k], lead + (k,)).reshape(-1, k) for a in (s_all, t_all))
+    n = s.shape[0]
+    weight = np.ones(n, real) if row_weight is None else np.broadcast_to(to_numpy(row_weight, real), lead).reshape(-1)
+    used = weight != 0
+
+    with np.errstate(all="ignore"):
+        if loss == "logit_mse":
+            rows, gs, gt, lost = _mse_rows(s, t, center)
+        elif tau == INF:
+            rows, gs, gt, lost = _limit_rows(s, t)
+        else:
+            tau_s, tau_t = real(tau), real(tau if teacher_tau is None else teacher_tau)
+            rows, gs, gt, lost = _kl_rows(s, t, tau_s, tau_t)
+            factor = tau_s * tau_s if scale_by_tau_squared else real(1)
+            rows, gs, gt = rows * factor, gs * (factor / tau_s), gt * (factor / tau_t)
+    bad = np.isnan(s).any(-1) | np.isnan(t).any(-1) | (s == INF).any(-1) | (t == INF).any(-1)
+    rows = np.where(lost, INF, rows)
+    rows = np.where(bad, np.nan, rows)
+    gs, gt = (np.where(bad[:, None], np.nan, g) for g in (gs, gt))
+
+    terms = np.where(used, np.where(used, rows, 0) * weight, 0)
+    per_row = {"none": 1, "sum": 1, "mean": weight.sum() if row_weight is not None else n, "batchmean": lead[0] if lead else 1}
+    divisor = real(per_row[reduction])
+    if reduction == "mean" and loss == "logit_mse":
+        divisor = divisor * k
+    if denominator is not None:
+        divisor = real(to_numpy(denominator, real))
+    with np.errstate(all="ignore"):
+        if reduction == "none":
+            value = terms.reshape(lead)
+            size = np.abs(terms).sum()
+            scale = weight * np.broadcast_to(to_numpy(grad_output, real), lead).reshape(-1)
+        else:
+            nothing = row_weight is not None and n > 0 and not used.any()
+            value = terms.sum() / divisor if not nothing else real(0)
+            size = np.abs(terms).sum() / abs(divisor) if not nothing else real(0)
+            scale = weight / divisor * real(to_numpy(grad_output, real)) if not nothing else np.zeros(n, real)
+        gs, gt = (np.where(used[:, None], g * np.where(used, scale, 0)[:, None], 0) for g in (gs, gt))
+
+    def widen(g: np.ndarray, like: np.ndarray, rest: Any) -> np.ndarray:
+        out = np.full((n, like.shape[-1]), rest, g.dtype)
+        out[:, :k] = g
+        return out.reshape(lead + like.shape[-1:])
+
+    off_s, off_t = s == -INF, t == -INF
+    flat = np.full((n, k), k == 1 and (loss == "kl_div_tau" or center)) & ~bad[:, None]  # one class: nothing to distribute
+    silent = (off_s & off_t) | flat | ~used[:, None]
+
+    return Truth(
+        loss=np.asarray(value),
+        student=widen(gs, s_all, 0),
+        teacher=widen(gt, t_all, 0),
+        size=float(size),
+        unspecified=(lost & used & ~bad).reshape(lead),
+        rows=rows.reshape(lead),
+        no_student=widen(silent, s_all, True),
+        no_teacher=widen(silent | (off_t & used[:, None] & ~bad[:, None] & (loss == "kl_div_tau")), t_all, True),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------- judge
+
+
+def arithmetic(*tensors: Tensor) -> torch.dtype:
+    """The type the package computes in: float64 where an input is float64, else float32."""
+    return F64 if any(x.dtype == F64 for x in tensors) else F32
+
+
+def relative_l2(got: np.ndarray, want: np.ndarray) -> float:
+    norm = float(np.sqrt((want.astype(np.longdouble) ** 2).sum()))
+    error = float(np.sqrt(((got.astype(np.longdouble) - want) ** 2).sum()))
+    return 0.0 if error == 0 else (error / norm if norm else INF)
+
+
+def _same_specials(got: np.ndarray, want: np.ndarray, what: str) -> np.ndarray:
+    """NaN and inf must stand exactly where they should; returns the mask of ordinary values."""
+    for name, test in (("NaN", np.isnan), ("+inf", lambda a: a == INF), ("-inf", lambda a: a == -INF)):
+        g, w = test(got), test(want)
+        assert (g == w).all(), f"{what}: {name} at {np.argwhere(g != w)[:5].tolist()} (got {g.sum()}, should be {w.sum()})"
+    return np.isfinite(want)
+
+
+def loss_error(got: Tensor, truth: Truth) -> float:
+    """Sum of the absolute errors over the sum of the absolute terms: the batch value's relative error (for a vector of rows, in L1)."""
+    g = to_numpy(got, truth.loss.dtype.type)
+    fine = np.isfinite(truth.loss)
+    error = float(np.abs(g[fine] - truth.loss[fine]).sum()) if truth.loss.ndim else float(abs(g - truth.loss)) if fine else 0.0
+    size = float(np.abs(truth.loss[fine]).sum()) if truth.loss.ndim else truth.size
+    return 0.0 if error == 0 else (error / size if size else INF)
+
+
+def check_loss(got: Tensor, truth: Truth, inputs: tuple[Tensor, ...], *, allow: float = 0.0) -> float:
+    """``allow``: a wider relative budget, which the caller must justify."""
+    kind = arithmetic(*inputs)
+    assert got.dtype == kind, f"loss dtype {got.dtype}, should be {kind}"
+    assert tuple(got.shape) == truth.loss.shape, f"loss shape {tuple(got.shape)}, should be {truth.loss.shape}"
+    _same_specials(to_numpy(got), truth.loss.astype(np.float64), "loss")
+    error, budget = loss_error(got, truth), max(LOSS_BUDGET[kind], allow)
+    size = truth.size if truth.loss.ndim == 0 else float(np.abs(truth.loss[np.isfinite(truth.loss)]).sum())
+    if math.isfinite(size):
+        assert error <= budget or error * size <= FLOOR[kind], (
+            f"loss {got.flatten()[:4].tolist()}, should be {truth.loss.reshape(-1)[:4].tolist()}: relative error {error:.2e} > {budget:.1e}"
+        )
+    return error
+
+
+def grad_error(got: Tensor, want: np.ndarray) -> float:
+    return relative_l2(to_numpy(got, want.dtype.type), want)
+
+
+def rounding_error(want: np.ndarray, dtype: torch.dtype) -> float:
+    """What rounding the exact gradient to ``dtype`` costs (relative L2): underflow and subnormals included."""
+    ideal = torch.from_numpy(want.astype(np.float64)).to(dtype)
+    return relative_l2(to_numpy(ideal, want.dtype.type), want) if np.isfinite(to_numpy(ideal)).all() else INF
+
+
+def check_grad(
+    got: Tensor | None,
+    want: np.ndarray,
+    like: Tensor,
+    inputs: tuple[Tensor, ...],
+    *,
+    allow: float = 0.0,
+    roundings: int = 1,
+    unspecified: np.ndarray | None = None,
+    silent: np.ndarray | None = None,
+) -> float:
+    """``like``: the input whose gradient this is; ``inputs``: both logits (they decide the arithmetic); ``silent``: where the gradient
+    is zero by construction, and must be zero to the bit.
+
+    Let a be the exact gradient and e the error before the last rounding.  |round(a + e) - a| <= |round(a) - a| + 2|e| holds element by
+    element, so the result may differ from the truth by the unavoidable rounding plus *twice* the budget: a 16-bit gradient is
+    judged as sharply as a 32-bit one.  ``roundings`` = 2: a stored 16-bit gradient that was multiplied by grad_output afterwards.
+    """
+    assert got is not None, "no gradient"
+    assert got.dtype == like.dtype, f"gradient dtype {got.dtype}, should be its input's, {like.dtype}"
+    assert got.shape == like.shape, f"gradient shape {tuple(got.shape)}, should be {tuple(like.shape)}"
+    g = to_numpy(got, want.dtype.type)
+    if unspecified is not None and unspecified.any():
+        g, want = g[~unspecified], want[~unspecified]
+        silent = None if silent is None else silent[~unspecified]
+    fine = _same_specials(g, want.astype(np.float64), "gradient")
+    if silent is not None:
+        assert (g[silent] == 0).all(), f"gradient {g[silent].max()} where it is zero by construction"
+    g, want = g[fine], want[fine]
+    kind = arithmetic(*inputs)
+    budget = max(GRAD_BUDGET[kind], allow)
+    if like.dtype != kind:
+        half_ulp = torch.finfo(like.dtype).eps / 2
+        budget = 2 * budget + rounding_error(want, like.dtype) + (roundings - 1) * half_ulp
+    error = relative_l2(g, want)
+    size = float(np.sqrt((want.astype(np.float64) ** 2).sum()))
+    assert error <= budget or error * size <= FLOOR[kind], (
+        f"gradient: relative L2 error {error:.2e} > {budget:.2e} (|gradient| = {size:.3g}, "
+        f"first {g.reshape(-1)[:4].tolist()}, should be {want.reshape(-1)[:4].tolist()})"
+    )
+    return error
+
+
+# ------------------------------------------------------------------------------------------------------------------- eager
+
+
+def eager(
+    loss: str,
+    student: Tensor,
+    teacher: Tensor,
+    tau: float = 1.0,
+    *,
+    teacher_tau: float | None = None,
+    scale_by_tau_squared: bool = True,
+    reduction: str | None = None,
+    row_weight: Tensor | None = None,
+    denominator: Any = None,
+    num_classes: int | None = None,
+    center: bool = False,
+    **_: Any,
+) -> Tensor:
+    """The lines of PyTorch that the package replaces, in the inputs' own (promoted) type.  tau = inf: by autograd-friendly variance."""
+    reduction = reduction or ("batchmean" if loss == "kl_div_tau" else "mean")
+    kind = torch.promote_types(student.dtype, teacher.dtype)
+    s, t = student.to(kind)[..., :num_classes], teacher.to(kind)[..., :num_classes]
+    if loss == "logit_mse" or tau == INF:
+        d = s - t
+        if center or loss == "kl_div_tau":
+            d = d - d.mean(-1, keepdim=True)
+        rows = d.square().sum(-1) if loss == "logit_mse" else d.square().mean(-1) / 2
+    else:
+        log_q = torch.log_softmax(s / tau, -1)
+        log_p = torch.log_softmax(t / (tau if teacher_tau is None else teacher_tau), -1)
+        rows = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+        rows = rows * (tau * tau if scale_by_tau_squared else 1)
+    if row_weight is not None:
+        rows = rows * row_weight.to(rows.dtype)
+    if reduction == "none":
+        return rows
+    divisor: Any = {
+        "sum": 1,
+        "batchmean": s.size(0),
+        "mean": rows.numel() if row_weight is None else row_weight.to(rows.dtype).sum(),
+    }
+    divisor = divisor[reduction]
+    if reduction == "mean" and loss == "logit_mse":
+        divisor = divisor * s.size(-1)
+    return rows.sum() / (divisor if denominator is None else denominator)
+
+
+def eager_errors(
+    loss: str, student: Tensor, teacher: Tensor, truth: Truth, grad_output: Any = 1.0, **options: Any
+) -> tuple[float, ...]:
+    """Relative error of (loss, student gradient, teacher gradient) of the eager chain, computed in float32 at least: what a careful
+    user of plain PyTorch gets.  A property test may accept twice that where float32 cannot do better (tiny KL at low tau, say)."""
+    kind = arithmetic(student, teacher)
+    s, t = (x.detach().to(kind).requires_grad_() for x in (student, teacher))
+    value = eager(loss, s, t, **options)
+    gs, gt = torch.autograd.grad(value, (s, t), torch.as_tensor(grad_output, dtype=kind).expand_as(value).contiguous())
+    return loss_error(value, truth), grad_error(gs, truth.student), grad_error(gt, truth.teacher)
+
+
+# ------------------------------------------------------------------------------------------------------------------ inputs
+
+#: regime -> (spread of the teacher, spread of student - teacher, shift of the student)
+REGIMES = {
+    "typical": (3.0, 1.0, 0.0),
+    "close": (3.0, 1e-3, 0.0),  # the student has nearly converged: the loss is a difference of nearly equal sums
+    "closer": (3.0, 1e-5, 0.0),
+    "peaked": (15.0, 1.0, 0.0),  # one class holds nearly all the mass
+    "far": (3.0, 10.0, 0.0),  # an untrained student
+    "offset": (3.0, 1.0, 100.0),  # logits are defined up to a constant: a constant must not cost digits
+}
+
+
+def logits(
+    regime: str, shape: tuple[int, ...], pair: tuple[torch.dtype, torch.dtype] = (F32, F32), seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """(student, teacher) on the CPU, the caller's own."""
+    s, t = _logits(regime, shape, pair, seed)
+    return s.clone(), t.clone()
+
+
+@functools.lru_cache(maxsize=64)
+def _logits(regime: str, shape: tuple[int, ...], pair: tuple[torch.dtype, torch.dtype], seed: int) -> tuple[Tensor, Tensor]:
+    spread, noise, shift = REGIMES[regime]
+    rng = np.random.default_rng([seed, *shape, sorted(REGIMES).index(regime)])
+    t = torch.from_numpy(rng.standard_normal(shape) * spread).to(pair[1])
+    s = (t.to(F64) + torch.from_numpy(rng.standard_normal(shape) * noise) + shift).to(pair[0])
+    return s, t
+
+
+# ------------------------------------------------------------------------------------------------------------------ running
+
+
+@dataclass(frozen=True)
+class Result:
+    loss: Tensor
+    student: Tensor | None = None
+    teacher: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Where:
+    """One (device, backend) pair to run the package on."""
+
+    device: str
+    backend: str
+
+    def __str__(self) -> str:
+        return f"{self.device}-{self.backend}"
+
+    def put(self, x: Any) -> Any:
+        return x.to(self.device) if isinstance(x, Tensor) else x
+
+    def call(self, loss: str, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+        """The public function on tensors that are already on the device (weights and denominators are moved)."""
+        import kdfast
+
+        options = {k: self.put(v) for k, v in options.items()}
+        return getattr(kdfast, loss)(student, teacher, backend=self.backend, **options)
+
+    def run(
+        self,
+        loss: str,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        grads: str = "s",
+        grad_output: Any = 1.0,
+        view: Callable[[Tensor], Tensor] = lambda x: x,
+        teacher_view: Callable[[Tensor], Tensor] | None = None,
+        **options: Any,
+    ) -> Result:
+        """Forward, and backward for the sides named in ``grads`` ("", "s", "t" or "st").  ``view`` is applied on the device, to a leaf."""
+        s = view(self.put(student.detach())).detach().requires_grad_("s" in grads)
+        t = (teacher_view or view)(self.put(teacher.detach())).detach().requires_grad_("t" in grads)
+        value = self.call(loss, s, t, **options)
+        sides = [x for x, name in ((s, "s"), (t, "t")) if name in grads]
+        if not sides:
+            return Result(value.cpu())
+        seed = torch.as_tensor(grad_output, dtype=value.dtype).expand(value.shape).contiguous().to(self.device)
+        got = [g.cpu() for g in torch.autograd.grad(value, sides, seed)]
+        return Result(value.detach().cpu(), got[0] if "s" in grads else None, got[-1] if "t" in grads else None)
+
+
+def check(
+    where: Where,
+    loss: str,
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    grads: str = "s",
+    grad_output: Any = 1.0,
+    truth: Truth | None = None,
+    allow: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    view: Callable[[Tensor], Tensor] = lambda x: x,
+    teacher_view: Callable[[Tensor], Tensor] | None = None,
+    **options: Any,
+) -> Result:
+    """Run the package and judge the loss and the gradients asked for against the oracle."""
+    vs, vt = view(student), (teacher_view or view)(teacher)
+    truth = truth or oracle(loss, vs, vt, grad_output=grad_output, **options)
+    got = where.run(
+        loss, student, teacher, grads=grads, grad_output=grad_output, view=view, teacher_view=teacher_view, **options
+    )
+    inputs = (student, teacher)
+    check_loss(got.loss, truth, inputs, allow=allow[0])
+    # a 16-bit gradient computed in the forward is rounded once there and once more by a grad_output that is not a power of two
+    fused = grads == "s" and options.get("reduction") != "none" and student.dtype == BF16
+    twice = 2 if fused and math.frexp(abs(float(torch.as_tensor(grad_output).max())))[0] != 0.5 else 1
+    if "s" in grads:
+        check_grad(
+            got.student, truth.student, vs, inputs, allow=allow[1], roundings=twice, unspecified=truth.unspecified,
+            silent=truth.no_student,
+        )  # fmt: skip
+    if "t" in grads:
+        check_grad(
+            got.teacher, truth.teacher, vt, inputs, allow=allow[2], unspecified=truth.unspecified, silent=truth.no_teacher
+        )
+    return got
+
+
+def places() -> list[Where]:
+    """Every (device, backend) pair there is.  Under a GPU emulator PyTorch's own CUDA kernels do not run, hence no "reference" there."""
+    found = [Where("cpu", "cpp"), Where("cpu", "reference")]
+    if torch.cuda.is_available():
+        import kdfast
+
+        probe = torch.zeros(1, 2).to("cuda")
+        for backend in ("cpp", "triton"):
+            try:
+                kdfast.kl_div_tau(probe, probe, backend=backend)
+            except (ValueError, RuntimeError, ImportError):
+                continue  # not built: test_errors.py checks that the refusal is clear
+            found.append(Where("cuda", backend))
+        if not os.environ.get("KDFAST_GPU_EMULATOR"):
+            found.append(Where("cuda", "reference"))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------------ memory
+
+
+def _status(field: str) -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def resident_memory() -> int:
+    """Bytes resident now (Linux)."""
+    return _status("VmRSS")
+
+
+def peak_memory(call: Callable[[], Any]) -> int:
+    """Bytes that ``call`` needed at its worst moment beyond what was resident before it (Linux; buffers of 32 MiB and more are mapped
+    afresh and returned at once by the C library, so they show up here whole)."""
+    call()  # thread pools, workspaces
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")  # sets the high-water mark to what is resident now
+    before = _status("VmHWM")
+    call()
+    return _status("VmHWM") - before

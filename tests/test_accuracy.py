@@ -1,0 +1,245 @@
+"""Accuracy over the whole range the package promises: every temperature, regime, width and dtype, loss and both gradients.
+
+Budgets and their meaning: helpers.py.  ``python tests/test_accuracy.py`` prints the table of errors with eager PyTorch's beside them.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    INF,
+    PAIRS,
+    REGIMES,
+    TAUS,
+    Truth,
+    Where,
+    check,
+    eager,
+    eager_errors,
+    grad_error,
+    logits,
+    loss_error,
+    oracle,
+)
+
+# K -> rows. Rows enough that the batch's loss is not that of one lucky row, few enough that the grid is quick.
+SIZES = {
+    1: 5,  # one class: loss and gradient are exactly zero
+    2: 64,  # one degree of freedom: errors cannot average out; narrower than any SIMD vector
+    10: 64,  # vision; one vector of 16 with a tail, or less than one
+    100: 32,  # vision; 100 = 6 x 16 + 4
+    1000: 32,  # vision; a multiple of 8, not of 16
+    1003: 32,  # odd: every second row starts unaligned, and every vector width leaves a tail
+    32000: 4,  # language models; accumulators must not lose digits
+    128256: 2,  # the largest vocabulary in common use: the longest sums
+}
+
+
+def grid() -> list[Any]:
+    """All of it for float32 and bf16; at K >= 32000 each other dtype pair meets one regime (the sums are long, the types have met them all)."""
+    others = [p for p in PAIRS if p not in ("fp32", "bf16")]
+    turn = {p: list(REGIMES)[i % len(REGIMES)] for i, p in enumerate(others)}
+    return [
+        pytest.param(k, regime, pair, id=f"{k}-{regime}-{pair}")
+        for k, regime, pair in itertools.product(SIZES, REGIMES, PAIRS)
+        if k < 32000 or turn.get(pair, regime) == regime
+    ]
+
+
+@functools.lru_cache(maxsize=256)
+def weights_for_rows(rows: int) -> torch.Tensor:
+    """The incoming gradient of a loss that is one value a row: dyadic, so that it adds no rounding of its own."""
+    return torch.tensor(np.random.default_rng(rows).integers(1, 9, rows) / 8.0, dtype=F64)
+
+
+@functools.lru_cache(maxsize=2)
+def truths(
+    loss: str, k: int, regime: str, pair: str, tau: float, center: bool, teacher_tau: float | None
+) -> tuple[Truth, Truth]:
+    """(batchmean, one value a row with an incoming gradient), from one evaluation of the definition."""
+    s, t = logits(regime, (SIZES[k], k), PAIRS[pair])
+    up = weights_for_rows(SIZES[k])
+    per_row = oracle(loss, s, t, tau, center=center, teacher_tau=teacher_tau, reduction="none", grad_output=up)
+    n, up_np = SIZES[k], up.numpy()[:, None]
+    total = per_row.rows.sum() / n
+    batch = Truth(
+        loss=np.asarray(total),
+        student=per_row.student / up_np / n,
+        teacher=per_row.teacher / up_np / n,
+        size=float(total),
+        unspecified=per_row.unspecified,
+        rows=per_row.rows,
+        no_student=per_row.no_student,
+        no_teacher=per_row.no_teacher,
+    )
+    return batch, per_row
+
+
+def verify(where: Where, loss: str, k: int, regime: str, pair: str, **options: Any) -> None:
+    """Both ways to the gradient: written during the forward (student alone, scalar loss), and recomputed (both sides, one value a row)."""
+    s, t = logits(regime, (SIZES[k], k), PAIRS[pair])
+    batch, per_row = truths(
+        loss, k, regime, pair, options.get("tau", 1.0), options.get("center", False), options.get("teacher_tau")
+    )
+    check(where, loss, s, t, grads="s", reduction="batchmean", truth=batch, **options)
+    check(where, loss, s, t, grads="st", reduction="none", truth=per_row, grad_output=weights_for_rows(SIZES[k]), **options)
+
+
+def verify_all(where: Where, loss: str, k: int, regime: str, pair: str, cases: list[dict[str, Any]]) -> None:
+    failures = []
+    for options in cases:
+        try:
+            verify(where, loss, k, regime, pair, **options)
+        except AssertionError as error:
+            failures.append(f"{options}: {error}")
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("k, regime, pair", grid())
+def test_kl(kernel: Where, k: int, regime: str, pair: str) -> None:
+    verify_all(kernel, "kl_div_tau", k, regime, pair, [{"tau": tau} for tau in TAUS])
+
+
+@pytest.mark.parametrize("k, regime, pair", grid())
+def test_mse(kernel: Where, k: int, regime: str, pair: str) -> None:
+    verify_all(kernel, "logit_mse", k, regime, pair, [{"center": False}, {"center": True}])
+
+
+@pytest.mark.parametrize("pair", ["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("k", [2, 10, 1003])  # narrower than a vector, one vector, many with a tail
+@pytest.mark.parametrize("regime", ["typical", "peaked", "far", "offset"])
+def test_two_temperatures(where: Where, k: int, regime: str, pair: str) -> None:
+    cases = [
+        {"tau": a, "teacher_tau": b}
+        for a, b in [(4.0, 1.0), (1.0, 4.0), (0.3, 20.0), (20.0, 0.3), (1e3, 1.0), (1.0, 1e3), (0.05, 1.0)]
+    ]
+    verify_all(where, "kl_div_tau", k, regime, pair, cases)
+
+
+@pytest.mark.parametrize("pair", ["fp32", "bf16", "fp16", "fp32-bf16"])
+@pytest.mark.parametrize(
+    "k", [1, 2, 10, 1003]
+)  # the reference has no vectors: these are its degenerate, tiny, small and long rows
+@pytest.mark.parametrize("regime", REGIMES)
+def test_reference_backend(k: int, regime: str, pair: str) -> None:
+    """The plain-torch path serves transforms and devices without kernels: the same promise, the same budget."""
+    where = Where("cpu", "reference")
+    verify_all(where, "kl_div_tau", k, regime, pair, [{"tau": tau} for tau in TAUS])
+    verify_all(where, "logit_mse", k, regime, pair, [{"center": False}, {"center": True}])
+
+
+@pytest.mark.parametrize("shift", [1.0, 37.3, 100.0, -1000.0])
+def test_a_constant_costs_no_digits(kernel: Where, shift: float) -> None:
+    """Softmax does not see a constant added to a row of logits, neither to one side's nor to both.
+
+    The inputs are float32 numbers as they are after the shift; the oracle sees the same ones."""
+    s, t = logits("typical", (32, 100))  # wide enough that one row does not decide
+    cases: list[dict[str, Any]] = [{"loss": "kl_div_tau", "tau": tau} for tau in (0.3, 1.0, 20.0, 1e6, INF)]
+    failures = []
+    for name, s1, t1 in (("student", s + shift, t), ("both", s + shift, t + shift), ("teacher", s, t + shift)):
+        for options in [*cases, {"loss": "logit_mse", "center": True}]:
+            for grads in ("s", "st"):
+                try:
+                    check(kernel, student=s1, teacher=t1, grads=grads, reduction="sum", **options)
+                except AssertionError as error:
+                    failures.append(f"{name} {options} {grads}: {error}")
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("shift", [1.0, 37.3, 100.0])
+def test_a_constant_and_nearly_equal_logits(kernel: Where, shift: float) -> None:
+    """The hardest sum of both: student = teacher + shift + 1e-3.  Within twice the error of eager float32 where that is at its best."""
+    s, t = logits("close", (32, 100))
+    for tau in (0.3, 1.0, 4.0):
+        truth = oracle("kl_div_tau", s + shift, t, tau)
+        theirs = eager_errors("kl_div_tau", s + shift, t, truth, tau=tau)
+        allow = (2 * theirs[0], 2 * theirs[1], 2 * theirs[2])
+        check(kernel, "kl_div_tau", s + shift, t, tau=tau, grads="s", truth=truth, allow=allow)
+        check(kernel, "kl_div_tau", s + shift, t, tau=tau, grads="st", truth=truth, allow=allow)
+
+
+def test_student_equal_to_teacher_is_exactly_zero(where: Where, loss: str) -> None:
+    """The converged student: loss and gradients are zero, not rounding noise (which a large tau**2 would blow up)."""
+    for pair in PAIRS.values():
+        if pair[0] != pair[1]:
+            continue
+        x = logits("typical", (16, 1003), pair)[1]
+        for options in [{"tau": tau} for tau in TAUS] if loss == "kl_div_tau" else [{}, {"center": True}]:
+            got = where.run(loss, x, x, grads="st", **options)
+            for part in (got.loss, got.student, got.teacher):
+                assert part is not None and part.abs().max() == 0, (pair, options, part)
+
+
+@pytest.mark.parametrize("depth", [20.0, 80.0, 100.0, 200.0, 5000.0])
+def test_teacher_without_mass_where_the_student_has_some(where: Where, depth: float) -> None:
+    """A confident teacher: finite logits so low that exp underflows, or nearly. The student's mass there is most of the loss, which
+    may still be small (the student is nearly right); 0.408 = -log 0.665 in the first row."""
+    s = torch.tensor([[0.0, -1, -2] + [-30] * 14, [-3.0, 0, -4] + [-9] * 14, [-6.0, -7, 0] + [-8] * 14])
+    t = torch.where(s == 0, 0.0, s - depth)
+    for tau in (0.3, 1.0, 4.0):
+        for grads, reduction in (("s", "sum"), ("st", "none")):
+            check(where, "kl_div_tau", s, t, tau=tau, grads=grads, reduction=reduction)
+
+
+def test_gradient_rows_sum_to_zero(kernel: Where) -> None:
+    """sum_k (q_k - p_k) = 0: the residual is rounding alone, relative to the gradient (not to q and p, which are far larger)."""
+    for regime, tau in itertools.product(REGIMES, (1.0, 20.0, 1e6, INF)):
+        got = kernel.run("kl_div_tau", *logits(regime, (16, 1003)), tau=tau, grads="st", reduction="sum")
+        for g in (got.student, got.teacher):
+            assert g is not None and (g.double().sum(-1).abs() <= 2e-6 * g.double().abs().sum(-1)).all(), (regime, tau)
+
+
+def test_loss_is_never_negative(where: Where) -> None:
+    for regime, tau, pair in itertools.product(REGIMES, TAUS, ("fp32", "bf16", "fp64")):
+        s, t = logits(regime, (64, 10), PAIRS[pair])
+        assert (where.run("kl_div_tau", s, t, tau=tau, reduction="none", grads="").loss >= 0).all(), (regime, tau, pair)
+
+
+@pytest.mark.parametrize("low, high", [(F16, 6e4), (BF16, 3e38), (F32, 3e38), (F64, 1e300)])
+def test_huge_logits_stay_finite(where: Where, low: torch.dtype, high: float) -> None:
+    """The largest finite logits of each type (a saturated head): no overflow of exp, nor of a sum, in the KL."""
+    s, t = (x.clone() for x in logits("typical", (4, 33), (low, low)))
+    s[:, 3], t[:, 3] = high, high
+    s[1, 5], t[2, 7] = -high, -high
+    got = where.run("kl_div_tau", s, t, tau=1.0, grads="st")
+    assert all(x is not None and x.isfinite().all() for x in (got.loss, got.student, got.teacher))
+
+
+# ------------------------------------------------------------------------------------------------------- the table for people
+
+
+def table(k: int = 1000, rows: int = 64) -> str:
+    """Markdown: per regime and tau, relative error of the loss / of the student's gradient, kdfast and eager PyTorch in the same dtype."""
+    where, lines = Where("cpu", "cpp"), []
+    for pair in ("fp32", "bf16"):
+        lines += [f"\n{pair}, {rows} x {k}: relative error of the loss / of the student's gradient (L2)\n"]
+        lines += ["| logits | | " + " | ".join(f"tau = {tau:g}" for tau in TAUS) + " |", "|---|---|" + "---|" * len(TAUS)]
+        for regime in REGIMES:
+            s, t = logits(regime, (rows, k), PAIRS[pair])
+            ours, theirs = [], []
+            for tau in TAUS:
+                truth = oracle("kl_div_tau", s, t, tau)
+                got = where.run("kl_div_tau", s, t, tau=tau, grads="s")
+                assert got.student is not None
+                ours.append(f"{loss_error(got.loss, truth):.0e} / {grad_error(got.student, truth.student):.0e}")
+                x = s.detach().requires_grad_()
+                value = eager("kl_div_tau", x, t, tau)
+                (g,) = torch.autograd.grad(value, x)
+                theirs.append(f"{loss_error(value, truth):.0e} / {grad_error(g, truth.student):.0e}")
+            lines += [f"| {regime} | kdfast | " + " | ".join(ours) + " |", "| | eager | " + " | ".join(theirs) + " |"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(*map(int, sys.argv[1:])))

@@ -1,0 +1,583 @@
+"""Derivatives of every order and every transform: the right value, or a clear error; never silently wrong or dropped.
+
+Values are compared with the eager chain in float64, which autograd differentiates by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    INF,
+    check_grad,
+    check_loss,
+    eager,
+    logits,
+    oracle,
+)
+from torch import Tensor
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+import kdfast
+
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "kl": {"loss": "kl_div_tau", "tau": 2.0},
+    "kl-two-tau": {"loss": "kl_div_tau", "tau": 2.0, "teacher_tau": 0.7},
+    "kl-unscaled": {"loss": "kl_div_tau", "tau": 3.0, "scale_by_tau_squared": False},
+    "kl-inf": {"loss": "kl_div_tau", "tau": INF},
+    "mse": {"loss": "logit_mse"},
+    "mse-center": {"loss": "logit_mse", "center": True},
+}
+variants = pytest.mark.parametrize("variant", VARIANTS)
+reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
+backends = pytest.mark.parametrize(
+    "backend", ["cpp", "reference"]
+)  # transforms are a CPU matter: torch's own kernels do the rest
+PADDED = {
+    "none": {},
+    "weights": {"row_weight": torch.tensor([0.5, 0.0, 2.0])},
+    "mask": {"row_weight": torch.tensor([True, False, True])},
+}
+EXTRAS: dict[str, dict[str, Any]] = PADDED | {
+    "denominator": {"denominator": torch.tensor(3.0)},
+    "num_classes": {"num_classes": 3},
+}
+
+
+def pair(shape: tuple[int, ...] = (3, 5), grad: bool = True, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor]:
+    s, t = logits("typical", shape, (dtype, dtype))
+    return s.requires_grad_(grad), t.requires_grad_(grad)
+
+
+def ours(variant: str, backend: str = "cpp", **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    options = VARIANTS[variant] | options
+    return lambda s, t: getattr(kdfast, options["loss"])(
+        s, t, backend=backend, **{k: v for k, v in options.items() if k != "loss"}
+    )
+
+
+def theirs(variant: str, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    options = VARIANTS[variant] | options
+    return lambda s, t: eager(student=s, teacher=t, **options)
+
+
+def same(got: Any, want: Any, rtol: float = 1e-11) -> None:
+    """Relative L2: 1e-11 is 1e5 float64 roundings, what third derivatives of the eager chain need at these sizes."""
+    got, want = (x if isinstance(x, (tuple, list)) else (x,) for x in (got, want))
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        if isinstance(b, (tuple, list)):
+            same(a, b, rtol)
+            continue
+        assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
+        error, norm = torch.linalg.norm(a - b), torch.linalg.norm(b)
+        assert norm > 0, "nothing is compared"
+        assert error <= rtol * norm, f"relative error {error / norm:.2e}"
+
+
+# ---------------------------------------------------------------------------------------------------- gradcheck, gradgradcheck
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@reductions
+@variants
+@backends
+def test_gradcheck(backend: str, variant: str, reduction: str, extra: str) -> None:
+    """Student and teacher together (recomputed), then each alone (the student's: written during the forward)."""
+    if reduction == "none" and extra == "denominator":
+        return  # nothing is divided (test_errors or test_semantics say what that means)
+    f = ours(variant, backend, reduction=reduction, **EXTRAS[extra])
+    s, t = pair()
+    assert gradcheck(f, (s, t), check_forward_ad=True)
+    assert gradcheck(f, (s, t.detach())) and gradcheck(f, (s.detach(), t))
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@reductions
+@variants
+@backends
+def test_gradgradcheck(backend: str, variant: str, reduction: str, extra: str) -> None:
+    if reduction == "none" and extra == "denominator":
+        return
+    f = ours(variant, backend, reduction=reduction, **EXTRAS[extra])
+    s, t = pair()
+    assert gradgradcheck(f, (s, t))
+    assert gradgradcheck(f, (s, t.detach()))
+
+
+@reductions
+@variants
+@backends
+def test_first_and_second_derivatives_are_those_of_eager(backend: str, variant: str, reduction: str) -> None:
+    s, t = pair((4, 7))
+    up = torch.linspace(0.5, 2, 4, dtype=F64)
+    w = torch.tensor([0.5, 1.0, 0.0, 2.0], dtype=F64)
+
+    def derivatives(f: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        value = f(s, t)
+        first = torch.autograd.grad(value, (s, t), up if value.dim() else up[1], create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum() + first[1].pow(3).sum(), (s, t))
+        return [value.detach(), *(x.detach() for x in first), *second]
+
+    same(derivatives(ours(variant, backend, reduction=reduction)), derivatives(theirs(variant, reduction=reduction)))
+    same(
+        derivatives(ours(variant, backend, reduction=reduction, row_weight=w)),
+        derivatives(theirs(variant, reduction=reduction, row_weight=w)),
+    )
+
+
+@variants
+@backends
+def test_second_derivative_reaches_grad_output(backend: str, variant: str) -> None:
+    """The loss multiplied by a parameter: d2/(d scale d student) is the gradient itself."""
+    s, t = pair()
+    scale = torch.tensor(0.7, dtype=F64, requires_grad=True)
+
+    def mixed(f: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        (g,) = torch.autograd.grad(f(s, t) * scale, s, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), scale)[0]
+
+    same(mixed(ours(variant, backend)), mixed(theirs(variant)))
+
+
+@variants
+@backends
+def test_gradient_penalty_step(backend: str, variant: str) -> None:
+    """create_graph in use: loss + |d loss / d logits|**2, through a layer, to its weights."""
+    x = torch.randn(6, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
+    t = pair((6, 5), grad=False)[1]
+
+    def step(f: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        weight = torch.linspace(-1, 1, 20, dtype=F64).reshape(4, 5).requires_grad_()
+        out = x @ weight
+        value = f(out, t)
+        (g,) = torch.autograd.grad(value, out, create_graph=True)
+        (value + g.square().sum()).backward()
+        assert weight.grad is not None
+        return weight.grad
+
+    same(step(ours(variant, backend)), step(theirs(variant)))
+
+
+def test_third_derivative() -> None:
+    s, t = pair((2, 4))
+
+    def third(f: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        (a,) = torch.autograd.grad(f(s, t), s, create_graph=True)
+        (b,) = torch.autograd.grad(a.square().sum(), s, create_graph=True)
+        return torch.autograd.grad(b.square().sum(), s)[0]
+
+    same(third(ours("kl")), third(theirs("kl")))
+
+
+# ----------------------------------------------------------------------------------------------------------- forward mode, func
+
+
+@reductions
+@variants
+@backends
+def test_forward_mode(backend: str, variant: str, reduction: str) -> None:
+    """The tangent must arrive: of the student, of the teacher, of both."""
+    s, t = pair(grad=False)
+    ds, dt = (torch.randn(3, 5, dtype=F64, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+
+    def tangent(f: Callable[[Tensor, Tensor], Tensor], a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
+        with forward_ad.dual_level():
+            x = s if a is None else forward_ad.make_dual(s, a)
+            y = t if b is None else forward_ad.make_dual(t, b)
+            primal, out = forward_ad.unpack_dual(f(x, y))
+        assert out is not None, "the tangent was dropped"
+        return primal, out
+
+    for a, b in ((ds, None), (None, dt), (ds, dt)):
+        same(tangent(ours(variant, backend, reduction=reduction), a, b), tangent(theirs(variant, reduction=reduction), a, b))
+
+
+@variants
+@backends
+def test_forward_over_reverse(backend: str, variant: str) -> None:
+    """A Hessian-vector product by a dual number through backward."""
+    s, t = pair(grad=False)
+    v = torch.ones_like(s).cumsum(-1)
+
+    def product(f: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        with forward_ad.dual_level():
+            x = forward_ad.make_dual(s.clone().requires_grad_(), v)
+            (g,) = torch.autograd.grad(f(x, t), x, create_graph=True)
+            out = forward_ad.unpack_dual(g).tangent
+        assert out is not None, "the tangent was dropped"
+        return out.detach()
+
+    same(product(ours(variant, backend)), product(theirs(variant)))
+
+
+TRANSFORMS: dict[str, Callable[..., Any]] = {
+    "grad": lambda f, s, t: torch.func.grad(f, argnums=(0, 1))(s, t),
+    "grad_and_value": lambda f, s, t: torch.func.grad_and_value(f)(s, t),
+    "vjp": lambda f, s, t: torch.func.vjp(f, s, t)[1](torch.tensor(0.7, dtype=F64)),
+    "jvp": lambda f, s, t: torch.func.jvp(f, (s, t), (t, s)),
+    "jacrev": lambda f, s, t: torch.func.jacrev(f, argnums=(0, 1))(s, t),
+    "jacfwd": lambda f, s, t: torch.func.jacfwd(f, argnums=(0, 1))(s, t),
+    "hessian": lambda f, s, t: torch.func.hessian(f, argnums=(0, 1))(s, t),
+    "reverse over reverse": lambda f, s, t: torch.func.jacrev(torch.func.jacrev(f))(s, t),
+    "linearize": lambda f, s, t: torch.func.linearize(f, s, t)[1](t, s),
+    "autograd.functional.hessian": lambda f, s, t: torch.autograd.functional.hessian(f, (s, t)),
+    "autograd.functional.jvp": lambda f, s, t: torch.autograd.functional.jvp(f, (s, t), (t, s)),
+    "autograd.functional.hvp": lambda f, s, t: torch.autograd.functional.hvp(f, (s, t), (t, s)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@variants
+@backends
+def test_torch_func(backend: str, variant: str, transform: str) -> None:
+    s, t = pair(grad=False)
+    same(TRANSFORMS[transform](ours(variant, backend), s, t), TRANSFORMS[transform](theirs(variant), s, t))
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0), (1, 1), (0, None), (None, 0), (1, 0), (2, 2)])
+@variants
+@backends
+def test_vmap(backend: str, variant: str, in_dims: tuple[int | None, int | None]) -> None:
+    """A batch of independent problems, each (3, 5), mapped over any dimension; the other side shared or mapped too."""
+    base = pair((4, 3, 5), grad=False)
+    s, t = (x[0] if d is None else x.movedim(0, d) for x, d in zip(base, in_dims, strict=True))
+    mapped = torch.vmap(ours(variant, backend), in_dims=in_dims)(s, t)
+    want = [
+        theirs(variant)(*(x if d is None else x.select(d, i) for x, d in zip((s, t), in_dims, strict=True))) for i in range(4)
+    ]
+    same(mapped, torch.stack(want))
+
+
+@variants
+@backends
+def test_vmap_over_grad_gives_per_sample_gradients(backend: str, variant: str) -> None:
+    s, t = pair((4, 3, 5), grad=False)
+    per_sample = torch.vmap(torch.func.grad(ours(variant, backend)))(s, t)
+    want = torch.stack([torch.func.grad(theirs(variant))(a, b) for a, b in zip(s, t, strict=True)])
+    same(per_sample, want)
+    same(torch.func.grad(lambda x: torch.vmap(ours(variant, backend))(x, t).sum())(s), want)
+    x = s.clone().requires_grad_()
+    torch.vmap(ours(variant, backend))(x, t).sum().backward()
+    same(x.grad, want)
+
+
+@variants
+@backends
+def test_batched_gradients(backend: str, variant: str) -> None:
+    """is_grads_batched: vmap over the backward alone."""
+    s, t = pair(grad=True)
+    for options in ({"reduction": "none"}, {"reduction": "sum"}):
+
+        def batched(f: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
+            value = f(s, t)
+            ups = torch.randn(4, *value.shape, dtype=F64, generator=torch.Generator().manual_seed(0))
+            return torch.autograd.grad(value, (s, t), ups, is_grads_batched=True)
+
+        want = batched(theirs(variant, **options))
+        try:
+            got = batched(ours(variant, backend, **options))
+        except RuntimeError as error:
+            assert "vmap" in str(error) or "batched" in str(error), error
+        else:
+            same(got, want)
+
+
+# ---------------------------------------------------------------------------------------------- compile, checkpoint, autocast
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fresh_dynamo() -> Any:
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("grads", ["s", "st"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("variant", ["kl", "kl-inf", "mse-center"])
+def test_compile_aot_eager(variant: str, reduction: str, grads: str) -> None:
+    """No graph break, and the same numbers; a second shape must not change that (dynamic shapes)."""
+    torch._dynamo.reset()
+    f = ours(variant, reduction=reduction, row_weight=None)
+    compiled = torch.compile(lambda s, t: f(s * 2, t), fullgraph=True, backend="aot_eager", dynamic=None)
+    for shape in ((4, 7), (6, 9)):
+        results = []
+        for g in (compiled, lambda s, t: f(s * 2, t)):
+            s, t = pair(shape)
+            t.requires_grad_("t" in grads)
+            value = g(s, t)
+            value.square().sum().backward()
+            results.append([value.detach(), s.grad] + ([t.grad] if "t" in grads else []))
+        same(*results, rtol=1e-15)
+
+
+def test_compile_inductor_training_step() -> None:
+    """A layer, the loss, the backward, static and dynamic; kdfast's operators are in the graph (not traced into eager pieces)."""
+    torch._dynamo.reset()
+    seen: list[str] = []
+
+    def spy(gm: torch.fx.GraphModule, example: Any) -> Any:
+        from torch._dynamo.backends.common import aot_autograd
+        from torch._inductor.compile_fx import compile_fx
+
+        del aot_autograd
+        return compile_fx(gm, example, inner_compile=recorder)
+
+    def recorder(gm: torch.fx.GraphModule, example: Any, **kw: Any) -> Any:
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        seen.extend(str(n.target) for n in gm.graph.nodes if n.op == "call_function")
+        return compile_fx_inner(gm, example, **kw)
+
+    for dynamic in (False, True):
+        weight = torch.linspace(-1, 1, 4 * 32).reshape(4, 32)
+        losses = []
+        for compiled in (True, False):
+            w = weight.clone().requires_grad_()
+
+            def step(x: Tensor, t: Tensor, w: Tensor = w) -> Tensor:
+                return kdfast.kl_div_tau(x @ w, t, tau=4.0) + kdfast.logit_mse(x @ w, t)
+
+            run = torch.compile(step, fullgraph=True, backend=spy, dynamic=dynamic) if compiled else step
+            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+            t = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
+            value = run(x, t)
+            value.backward()
+            losses.append((value.detach(), w.grad))
+        same(*losses, rtol=1e-6)
+    assert any("kdfast" in name and "kl_div_tau" in name for name in seen), sorted(set(seen))
+    assert any("kdfast" in name and "logit_mse" in name for name in seen), sorted(set(seen))
+
+
+def test_compile_does_not_recompile_when_only_the_batch_changes() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda s, t: kdfast.kl_div_tau(s, t, tau=4.0), fullgraph=True, backend=counter, dynamic=True)
+    counts = []
+    for rows in (4, 5, 9, 33):
+        s, t = pair((rows, 7), dtype=F32)
+        compiled(s, t.detach()).backward()
+        check_grad(s.grad, oracle("kl_div_tau", s, t, 4.0).student, s, (s, t))
+        counts.append(counter.frame_count)  # forward and backward graph at the first call, nothing after it
+    assert 1 <= counts[0] == counts[-1] <= 2
+
+
+def test_compile_double_backward_is_right_or_refused() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(ours("kl"), fullgraph=True, backend="aot_eager")
+    s, t = pair()
+
+    def second(f: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        (g,) = torch.autograd.grad(f(s, t), s, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), s)[0]
+
+    want = second(theirs("kl"))
+    try:
+        got = second(compiled)
+    except RuntimeError:
+        return
+    same(got, want)
+
+
+def test_compile_of_func_grad() -> None:
+    torch._dynamo.reset()
+    s, t = pair(grad=False)
+    for transform in ("grad", "jvp"):
+        compiled = torch.compile(
+            lambda a, b, tr=transform: TRANSFORMS[tr](ours("kl"), a, b), fullgraph=True, backend="aot_eager"
+        )
+        same(compiled(s, t), TRANSFORMS[transform](theirs("kl"), s, t))
+
+
+def test_export() -> None:
+    """torch.export of a module with the loss; what comes back computes the same."""
+    s, t = pair((4, 7), grad=False, dtype=F32)
+    program = torch.export.export(kdfast.KLDivTau(tau=4.0), (s, t))
+    check_loss(program.module()(s, t), oracle("kl_div_tau", s, t, 4.0), (s, t))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@variants
+def test_checkpoint(variant: str, use_reentrant: bool) -> None:
+    s, t = pair()
+    value = checkpoint(ours(variant), s, t, use_reentrant=use_reentrant)
+    value.backward()
+    same((s.grad, t.grad), torch.autograd.grad(theirs(variant)(s, t), (s, t)))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("loss", ["kl_div_tau", "logit_mse"])
+def test_autocast_takes_the_logits_as_they_are(loss: str, dtype: torch.dtype) -> None:
+    """No cast, up or down, happens on the way in; the loss stays float32 and bit-equal to the call outside."""
+    for kinds in ((F32, F32), (dtype, dtype), (F32, dtype)):
+        s, t = logits("typical", (6, 35), kinds)
+        results = []
+        for enabled in (True, False):
+            x = s.clone().requires_grad_()
+            with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+                value = getattr(kdfast, loss)(x, t)
+            value.backward()
+            results.append((value.detach(), x.grad))
+        (a, ga), (b, gb) = results
+        assert a.dtype == F32 and ga is not None and ga.dtype == kinds[0]
+        assert torch.equal(a, b) and torch.equal(ga, gb) and b > 0
+        truth = oracle(loss, s, t)
+        check_loss(a, truth, (s, t))
+        check_grad(ga, truth.student, s, (s, t))
+
+
+def test_autocast_with_a_linear_head() -> None:
+    """The usual AMP step: a bf16 student from autocast, an fp32 teacher; the gradient reaches the fp32 weight."""
+    weight = torch.linspace(-1, 1, 4 * 32).reshape(32, 4).requires_grad_()
+    x, t = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), pair((8, 32), grad=False, dtype=F32)[1]
+    with torch.autocast("cpu", dtype=BF16):
+        out = torch.nn.functional.linear(x, weight)
+        value = kdfast.kl_div_tau(out, t, tau=4.0)
+    assert out.dtype == BF16 and value.dtype == F32
+    check_loss(value.detach(), oracle("kl_div_tau", out, t, 4.0), (out, t))
+    value.backward()
+    assert weight.grad is not None and weight.grad.dtype == F32 and weight.grad.abs().max() > 0
+
+
+def test_multithreaded_backward() -> None:
+    """DataParallel calls the loss from several Python threads at once."""
+    import threading
+
+    errors: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            for _ in range(20):
+                s, t = logits("typical", (32, 100), seed=seed)
+                s.requires_grad_()
+                kdfast.kl_div_tau(s, t, tau=4.0, reduction="sum").backward()
+                check_grad(s.grad, oracle("kl_div_tau", s, t, 4.0, reduction="sum").student, s, (s, t))
+        except BaseException as error:  # noqa: BLE001: a thread's failure must reach the test
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
+
+
+def test_deterministic_algorithms_mode() -> None:
+    s, t = pair(dtype=F32)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for loss in ("kl_div_tau", "logit_mse"):
+            getattr(kdfast, loss)(s, t).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_hooks_and_anomaly_mode() -> None:
+    s, t = pair(dtype=F64)
+    calls = []
+    s.register_hook(lambda g: calls.append(g.clone()))
+    with torch.autograd.detect_anomaly(check_nan=True):
+        kdfast.kl_div_tau(s, t).backward()
+    same(calls[0], torch.autograd.grad(theirs("kl", tau=1.0)(s, t), s)[0])
+
+
+# ------------------------------------------------------------------------------------------------------------------- opcheck
+
+
+def registered_operators() -> list[str]:
+    """All of them, from torch's dispatcher: none can be forgotten."""
+    return sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("kdfast::"))
+
+
+def samples(name: str) -> list[tuple[Any, ...]]:
+    """Arguments for an operator, made from the names and types in its schema."""
+    schema = getattr(torch.ops.kdfast, name.removeprefix("kdfast::").partition(".")[0]).default._schema
+    family = "kl_div_tau" if "kl_div_tau" in name else "logit_mse"
+    made = []
+    shapes = [(4, 7), (2, 3, 33)]
+    for shape, dtype, reduction, weighted in itertools.product(shapes, (F32, BF16), (0, 1, 2, 3), (False, True)):
+        if name.endswith("forward_grad") and reduction == 0:
+            continue  # one number a row has no single gradient
+        s, t = logits("typical", shape, (dtype, F32))
+        rows, lead = int(np.prod(shape[:-1])), shape[:-1]
+        common: dict[str, Any] = {
+            "student": s,
+            "teacher": t,
+            "gradient": s,
+            "grad_loss": torch.full(lead if reduction == 0 and "scale" not in name else (), 0.5),
+            "row_weight": torch.linspace(0, 1, rows).reshape(lead) if weighted else None,
+            "denominator": torch.tensor(3.0) if weighted and reduction == 2 else None,
+            "divisor": 5.0 if not weighted and reduction == 3 else None,
+            "reduction": reduction,
+            "num_classes": shape[-1] - 2 if weighted else -1,
+            "tau": 4.0,
+            "teacher_tau": 4.0,
+            "scale_by_tau_squared": True,
+            "center": True,
+            "tau_limit": weighted,
+            "for_student": True,
+            "for_teacher": not weighted,
+        }
+        wanted = [a.name for a in schema.arguments]
+        if "row_stats" in wanted:
+            forward = getattr(torch.ops.kdfast, family + "_forward").default
+            common["row_stats"] = forward(*(common[a.name] for a in forward._schema.arguments))[1]
+        made.append(tuple(common[a] for a in wanted))
+    return made
+
+
+def test_operators_are_found() -> None:
+    names = registered_operators()
+    assert len(names) >= 4 and any("kl_div_tau" in n for n in names) and any("logit_mse" in n for n in names), names
+
+
+@pytest.mark.parametrize("name", registered_operators())
+def test_opcheck(name: str) -> None:
+    """Schema, fake tensors (shapes, strides, dtypes), autograd registration, aot dispatch with dynamic shapes."""
+    operator = getattr(torch.ops.kdfast, name.removeprefix("kdfast::").partition(".")[0]).default
+    for arguments in samples(name):
+        torch.library.opcheck(operator, arguments)
+
+
+def test_operators_do_not_drop_a_gradient_in_silence() -> None:
+    """A private operator called directly on tensors that require grad: torch warns (or raises) when its derivative is asked for."""
+    s, t = pair((4, 7), dtype=F32)
+    for name in ("kl_div_tau_forward", "logit_mse_forward"):
+        operator = getattr(torch.ops.kdfast, name).default
+        value = operator(s, t, *samples("kdfast::" + name)[0][2:])[0]
+        if value.requires_grad:
+            with pytest.warns(UserWarning, match="autograd kernel was not registered"):
+                value.sum().backward()
+
+
+def test_private_torch_names_that_the_guard_uses() -> None:
+    """Dispatch between kernels and reference.py rests on these two; a torch that renames them must fail here, not silently."""
+    assert torch._C._are_functorch_transforms_active() is False
+    assert torch.func.vmap(lambda x: x + torch._C._are_functorch_transforms_active())(torch.zeros(2)).tolist() == [1, 1]
+    assert forward_ad._current_level < 0
+    with forward_ad.dual_level():
+        assert forward_ad._current_level >= 0
+
+
+def test_kernels_serve_plain_calls() -> None:
+    """The transforms' detour through reference.py must not swallow the ordinary case: the profiler sees our operators there."""
+    s, t = pair((4, 7), dtype=F32)
+    for loss in ("kl_div_tau", "logit_mse"):
+        for sides, reduction in (((s,), "mean"), ((s, t), "none")):
+            with torch.profiler.profile() as profile:
+                torch.autograd.grad(getattr(kdfast, loss)(s, t, reduction=reduction).sum(), sides)
+            names = {e.name for e in profile.events()}
+            assert any(n.startswith(f"kdfast::{loss}") for n in names), (loss, reduction, sorted(names))
+            assert not any("softmax" in n for n in names)
