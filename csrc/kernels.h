@@ -166,7 +166,8 @@ struct Call {
   void* loss = nullptr;       // the sum of the row losses over the divisor, of type F; nullptr: args.row_loss is what is wanted
 
   // The divisor of the loss and of every gradient (beside args.grad_scale).
-  Numbers divisor;           // one number in device memory; data == nullptr: none
+  Numbers divisor;           // one number in device memory; data == nullptr: `number`
+  double number = 1;
   double times_weights = 0;  // not 0: divide by this times the sum of the row weights too, where that is not 0
 };
 

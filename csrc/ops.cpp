@@ -2,6 +2,9 @@
 // operators are private: kdfast/functional.py checks the arguments and kdfast/_ops.py gives them their gradients. Only torch's
 // stable ABI is used, so that one binary serves every torch from 2.13 on.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#ifdef KDFAST_WITH_CUDA
+#include <torch/csrc/stable/accelerator.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -261,9 +264,86 @@ Tensor reduced_loss(Args& args, const Tensor& student, ScalarType type, Reductio
   return result;
 }
 
-// The three kinds of operator, the same for every loss. `Loss` names its arguments, kernels and statistics.
-template <class Loss>
-struct CpuOps {
+// What differs between the devices: where the divisor is known, how a kernel runs, how its row losses are reduced.
+struct OnCpu {
+  double divisor = 1;
+
+  explicit OnCpu(const Tensor&) {}
+  template <class Args>
+  void divide(Args& args, const Options& options, const Tensor& student, double per_row) {
+    divisor = divisor_of(options, student, args.weight, args.rows, per_row);
+    args.grad_scale = 1 / divisor;
+  }
+  template <class Loss, class Args>
+  Tensor forward(Args& args, const Tensor& student, ScalarType type, Reduction reduction) const {
+    return reduced_loss(args, student, type, reduction, divisor, Loss::forward);
+  }
+  template <class Loss, class Args>
+  void backward(const Args& args, const Tensor&) const {
+    for_rows(args, Loss::backward);
+  }
+  void scale(const Tensor& out, const Tensor& in, const Numbers& by) const {
+    const double factor = by.at(0, 1.0);
+    if (factor == 1 && out.data_ptr() == in.data_ptr()) return;
+    torch::stable::parallel_for(0, in.numel(), 2 * kPairsPerTask, [&](int64_t begin, int64_t end) {
+      cpu::scale_gradient(out.data_ptr(), in.data_ptr(), dtype_of(in), factor, begin, end);
+    });
+  }
+};
+
+#ifdef KDFAST_WITH_CUDA
+struct OnCuda {
+  torch::stable::accelerator::DeviceGuard guard;
+  cuda::Call call;
+
+  explicit OnCuda(const Tensor& student) : guard(student.get_device_index()) {
+    call.stream = torch::stable::accelerator::getCurrentStream(student.get_device_index()).nativeHandle();
+  }
+  template <class Args>
+  void divide(Args& args, const Options& options, const Tensor& student, double per_row) {
+    const bool by_weights = options.reduction == Reduction::Mean && args.weight.data != nullptr && args.rows > 0;
+    if (options.denominator && !options.divisor)
+      call.divisor = numbers_of(options.denominator, 1, "denominator");
+    else if (by_weights && !options.divisor)
+      call.times_weights = per_row;
+    else
+      call.number = divisor_of(options, student, args.weight, args.rows, per_row);
+  }
+  template <class Loss, class Args>
+  Tensor forward(Args& args, const Tensor& student, ScalarType type, Reduction reduction) {
+    std::vector<int64_t> sizes;
+    if (reduction == Reduction::None) {
+      sizes = sizes_of(student);
+      sizes.pop_back();
+    }
+    Tensor loss = empty_like_device(student, sizes, type);
+    (reduction == Reduction::None ? args.row_loss : call.loss) = loss.data_ptr();
+    const Tensor workspace = allocate(args, student);
+    Loss::forward_cuda(args, call);
+    return loss;
+  }
+  template <class Loss, class Args>
+  void backward(const Args& args, const Tensor& student) {
+    const Tensor workspace = allocate(args, student);
+    Loss::backward_cuda(args, call);
+  }
+  void scale(const Tensor& out, const Tensor& in, const Numbers& factor) const {
+    cuda::scale_gradient(out.data_ptr(), in.data_ptr(), dtype_of(in), factor, in.numel(), call.stream);
+  }
+
+ private:
+  template <class Args>
+  Tensor allocate(const Args& args, const Tensor& student) {
+    Tensor workspace = empty_like_device(student, {int64_t(cuda::workspace_bytes(args))}, ScalarType::Byte);
+    call.workspace = workspace.data_ptr();
+    return workspace;
+  }
+};
+#endif
+
+// The kinds of operator, the same for every loss. `Loss` names its arguments, kernels and statistics.
+template <class Loss, class Device>
+struct Ops {
   using Args = typename Loss::Args;
 
   static std::tuple<Tensor, Tensor> forward(const Loss& loss, Tensor student, Tensor teacher, const Options& options,
@@ -273,8 +353,9 @@ struct CpuOps {
     const ScalarType type = accumulate_type(student, teacher);
     Tensor stats = empty_like_device(student, {args.rows, loss.stats()}, type);
     if (loss.stats() > 0) args.row_stats = stats.data_ptr();
-    const double divisor = divisor_of(options, student, args.weight, args.rows, loss.per_row(args));
-    Tensor value = reduced_loss(args, student, type, options.reduction, divisor, Loss::forward);
+    Device device(student);
+    device.divide(args, options, student, loss.per_row(args));
+    Tensor value = device.template forward<Loss>(args, student, type, options.reduction);
     return {value, stats};
   }
 
@@ -283,11 +364,11 @@ struct CpuOps {
     STD_TORCH_CHECK(options.reduction != Reduction::None, "kdfast: a gradient in forward needs a scalar loss");
     Args args = make_args<Args>(student, teacher, options, num_classes);
     loss.fill(args);
-    const double divisor = divisor_of(options, student, args.weight, args.rows, loss.per_row(args));
+    Device device(student);
+    device.divide(args, options, student, loss.per_row(args));
     Tensor gradient = new_gradient(student, true);
     args.grad_student = gradient_of(gradient);
-    args.grad_scale = 1 / divisor;
-    Tensor value = reduced_loss(args, student, accumulate_type(student, teacher), options.reduction, divisor, Loss::forward);
+    Tensor value = device.template forward<Loss>(args, student, accumulate_type(student, teacher), options.reduction);
     return {value, gradient};
   }
 
@@ -300,10 +381,11 @@ struct CpuOps {
                     "kdfast: row_stats is not what the forward operator returned for these logits");
     if (loss.stats() > 0) args.row_stats = stats.data_ptr();
     args.grad_loss = numbers_of(grad_loss, args.rows, "grad_loss");
-    args.grad_scale = 1 / divisor_of(options, student, args.weight, args.rows, loss.per_row(args));
+    Device device(student);
+    device.divide(args, options, student, loss.per_row(args));
     if (grad_student) args.grad_student = gradient_of(*grad_student);
     if (grad_teacher) args.grad_teacher = gradient_of(*grad_teacher);
-    for_rows(args, Loss::backward);
+    device.template backward<Loss>(args, student);
   }
 
   static std::tuple<Tensor, Tensor> backward(const Loss& loss, const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
@@ -329,6 +411,10 @@ struct KlDivTau {
   using Args = KlDivTauArgs;
   static constexpr auto forward = cpu::kl_div_tau_forward;
   static constexpr auto backward = cpu::kl_div_tau_backward;
+#ifdef KDFAST_WITH_CUDA
+  static void forward_cuda(const Args& args, const cuda::Call& call) { cuda::kl_div_tau_forward(args, call); }
+  static void backward_cuda(const Args& args, const cuda::Call& call) { cuda::kl_div_tau_backward(args, call); }
+#endif
 
   double tau, teacher_tau;
   bool scale_by_tau_squared;
@@ -348,6 +434,10 @@ struct LogitMse {
   using Args = LogitMseArgs;
   static constexpr auto forward = cpu::logit_mse_forward;
   static constexpr auto backward = cpu::logit_mse_backward;
+#ifdef KDFAST_WITH_CUDA
+  static void forward_cuda(const Args& args, const cuda::Call& call) { cuda::logit_mse_forward(args, call); }
+  static void backward_cuda(const Args& args, const cuda::Call& call) { cuda::logit_mse_backward(args, call); }
+#endif
 
   bool center;
   bool tau_limit;  // 0.5 / K times the centred sum: kl_div_tau at tau = infinity
@@ -380,42 +470,47 @@ struct LogitMse {
 // The four functions of one loss. PARAMETERS: the loss's own, in parentheses; VALUES: the Loss made of them.
 #define KDFAST_UNWRAP(...) __VA_ARGS__
 #define KDFAST_LOSS(NAME, LOSS, PARAMETERS, VALUES)                                                                                 \
+  template <class Device> \
   std::tuple<Tensor, Tensor> NAME##_forward(const Tensor& student, const Tensor& teacher, KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS) { \
-    return CpuOps<LOSS>::forward(LOSS{KDFAST_UNWRAP VALUES}, student, teacher, KDFAST_OPTIONS);                                     \
+    return Ops<LOSS, Device>::forward(LOSS{KDFAST_UNWRAP VALUES}, student, teacher, KDFAST_OPTIONS);                                     \
   }                                                                                                                                 \
+  template <class Device> \
   std::tuple<Tensor, Tensor> NAME##_forward_grad(const Tensor& student, const Tensor& teacher, KDFAST_COMMON,                       \
                                                  KDFAST_UNWRAP PARAMETERS) {                                                        \
-    return CpuOps<LOSS>::forward_grad(LOSS{KDFAST_UNWRAP VALUES}, student, teacher, KDFAST_OPTIONS);                                \
+    return Ops<LOSS, Device>::forward_grad(LOSS{KDFAST_UNWRAP VALUES}, student, teacher, KDFAST_OPTIONS);                                \
   }                                                                                                                                 \
+  template <class Device> \
   std::tuple<Tensor, Tensor> NAME##_backward(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,                 \
                                              const Tensor& row_stats, KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS, bool for_student,    \
                                              bool for_teacher) {                                                                    \
-    return CpuOps<LOSS>::backward(LOSS{KDFAST_UNWRAP VALUES}, grad_loss, student, teacher, row_stats, KDFAST_OPTIONS, for_student,  \
+    return Ops<LOSS, Device>::backward(LOSS{KDFAST_UNWRAP VALUES}, grad_loss, student, teacher, row_stats, KDFAST_OPTIONS, for_student,  \
                                   for_teacher);                                                                                     \
   }                                                                                                                                 \
+  template <class Device> \
   Tensor NAME##_backward_inplace(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher, const Tensor& row_stats,    \
                                  KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS, bool for_teacher) {                                       \
-    return CpuOps<LOSS>::backward_inplace(LOSS{KDFAST_UNWRAP VALUES}, grad_loss, student, teacher, row_stats, KDFAST_OPTIONS,       \
+    return Ops<LOSS, Device>::backward_inplace(LOSS{KDFAST_UNWRAP VALUES}, grad_loss, student, teacher, row_stats, KDFAST_OPTIONS,       \
                                           for_teacher);                                                                             \
   }
 
 KDFAST_LOSS(kl_div_tau, KlDivTau, (double tau, double teacher_tau, bool scale_by_tau_squared), (tau, teacher_tau, scale_by_tau_squared))
 KDFAST_LOSS(logit_mse, LogitMse, (bool center, bool tau_limit), (center, tau_limit))
 
+template <class Device>
 void scale_into(const Tensor& out, const Tensor& gradient, const Tensor& grad_loss) {
   STD_TORCH_CHECK(gradient.is_contiguous() && grad_loss.numel() == 1, "kdfast: a contiguous gradient and one factor are taken");
-  const double factor = numbers_of(grad_loss, 1, "grad_loss").at(0, 1.0);
-  if (factor == 1 && out.data_ptr() == gradient.data_ptr()) return;
-  torch::stable::parallel_for(0, gradient.numel(), 2 * kPairsPerTask, [&](int64_t begin, int64_t end) {
-    cpu::scale_gradient(out.data_ptr(), gradient.data_ptr(), dtype_of(gradient), factor, begin, end);
-  });
+  Device(gradient).scale(out, gradient, numbers_of(grad_loss, 1, "grad_loss"));
 }
+template <class Device>
 Tensor scale_gradient(const Tensor& gradient, const Tensor& grad_loss) {
   Tensor out = new_gradient(gradient, true);
-  scale_into(out, gradient, grad_loss);
+  scale_into<Device>(out, gradient, grad_loss);
   return out;
 }
-void scale_gradient_inplace(const Tensor& gradient, const Tensor& grad_loss) { scale_into(gradient, gradient, grad_loss); }
+template <class Device>
+void scale_gradient_inplace(const Tensor& gradient, const Tensor& grad_loss) {
+  scale_into<Device>(gradient, gradient, grad_loss);
+}
 
 }  // namespace
 }  // namespace kdfast
@@ -428,11 +523,16 @@ void scale_gradient_inplace(const Tensor& gradient, const Tensor& grad_loss) { s
   library.def(NAME "_backward_inplace(Tensor grad_loss, Tensor(a!) student, Tensor teacher, Tensor row_stats, "                    \
                    KDFAST_COMMON_SCHEMA ", " PARAMETERS ", bool for_teacher) -> Tensor");
 
-#define KDFAST_REGISTER(NAME)                                                    \
-  library.impl(#NAME "_forward", TORCH_BOX(&kdfast::NAME##_forward));            \
-  library.impl(#NAME "_forward_grad", TORCH_BOX(&kdfast::NAME##_forward_grad)); \
-  library.impl(#NAME "_backward", TORCH_BOX(&kdfast::NAME##_backward));          \
-  library.impl(#NAME "_backward_inplace", TORCH_BOX(&kdfast::NAME##_backward_inplace));
+#define KDFAST_REGISTER_LOSS(NAME, DEVICE)                                                    \
+  library.impl(#NAME "_forward", TORCH_BOX(&kdfast::NAME##_forward<kdfast::DEVICE>));           \
+  library.impl(#NAME "_forward_grad", TORCH_BOX(&kdfast::NAME##_forward_grad<kdfast::DEVICE>)); \
+  library.impl(#NAME "_backward", TORCH_BOX(&kdfast::NAME##_backward<kdfast::DEVICE>));         \
+  library.impl(#NAME "_backward_inplace", TORCH_BOX(&kdfast::NAME##_backward_inplace<kdfast::DEVICE>));
+#define KDFAST_REGISTER(DEVICE)                                                               \
+  KDFAST_REGISTER_LOSS(kl_div_tau, DEVICE)                                                    \
+  KDFAST_REGISTER_LOSS(logit_mse, DEVICE)                                                     \
+  library.impl("scale_gradient", TORCH_BOX(&kdfast::scale_gradient<kdfast::DEVICE>));         \
+  library.impl("scale_gradient_inplace", TORCH_BOX(&kdfast::scale_gradient_inplace<kdfast::DEVICE>));
 
 STABLE_TORCH_LIBRARY(kdfast, library) {
   KDFAST_SCHEMAS("kl_div_tau", "float tau, float teacher_tau, bool scale_by_tau_squared")
@@ -441,9 +541,7 @@ STABLE_TORCH_LIBRARY(kdfast, library) {
   library.def("scale_gradient_inplace(Tensor(a!) gradient, Tensor grad_loss) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, library) {
-  KDFAST_REGISTER(kl_div_tau)
-  KDFAST_REGISTER(logit_mse)
-  library.impl("scale_gradient", TORCH_BOX(&kdfast::scale_gradient));
-  library.impl("scale_gradient_inplace", TORCH_BOX(&kdfast::scale_gradient_inplace));
-}
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, library) { KDFAST_REGISTER(OnCpu) }
+#ifdef KDFAST_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, library) { KDFAST_REGISTER(OnCuda) }
+#endif

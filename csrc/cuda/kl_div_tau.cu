@@ -127,10 +127,9 @@ struct KlDivTau {
         __syncthreads();
         s_j = from_ordered(shared.s_j);
       } else {
-        float best[1] = {s_j};
-        float none[kMostWarps][1];
-        cuda::reduce<Max>(team, best, none);
-        s_j = best[0];
+#pragma unroll
+        for (int distance = 16; distance > 0; distance /= 2)
+          if (distance < team.size) s_j = fmaxf(s_j, __shfl_xor_sync(team.mask, s_j, distance));
       }
       if (s_j == -INFINITY) s_j = p.ratio * partial.t_max;  // the loss is infinite: any finite reference will show it
       const float d = s_j - p.ratio * partial.t_max;
@@ -166,7 +165,7 @@ struct KlDivTau {
           if (v >= slice.steps) break;
 #pragma unroll
           for (int i = 0; i < kWidth; ++i) {
-            const bool none = t[v][i] == -INFINITY;
+            const bool none = x[v][i] == kLargestX;  // -inf in the teacher
             const float bounded = w[v][i] < kSmallest ? kSmallest : w[v][i];
             sums[0] += none ? 0.f : bounded;
             sums[1] += none ? 0.f : bounded * x[v][i];
@@ -432,7 +431,7 @@ struct WideRow {
   }
 
   __device__ void gradients(const Team& team, const Task& task, int64_t row, double weight) const {
-    const double factor = args.grad_loss.at(row, 1.0) * args.grad_scale * weight / task.divisor.at(0, 1.0) * args.scale;
+    const double factor = args.grad_loss.at(row, 1.0) * args.grad_scale * weight / task.divisor.at(0, task.number) * args.scale;
     const double mean = stat[KlStat::mean], shift = mean + stat[KlStat::kl];
     const double p_student = factor * inv_tau * stat[KlStat::inv_s0], q_student = factor * inv_tau * stat[KlStat::inv_z];
     const double p_teacher = factor * inv_teacher_tau * stat[KlStat::inv_s0];
@@ -448,13 +447,7 @@ struct WideRow {
   }
 };
 
-__device__ void zero_wide(const Team& team, const Gradient& gradient, int64_t row, int64_t from) {
-  if (gradient.data == nullptr) return;
-  for (int64_t k = from + team.lane; k < gradient.width; k += team.size)
-    store_one(gradient.data, gradient.dtype, gradient.rows.offset(row) + k, 0.0);
-}
-
-__global__ void __launch_bounds__(256) wide_forward_kernel(const __grid_constant__ KlDivTauArgs args, const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(256, 1) wide_forward_kernel(const __grid_constant__ KlDivTauArgs args, const __grid_constant__ Task task) {
   __shared__ double largest[kMostWarps][2], s_at[kMostWarps][1], sums[kMostWarps][3], excesses[kMostWarps][1];
   const Team team(task.plan);
   const int64_t r = blockIdx.x;
@@ -517,7 +510,7 @@ __global__ void __launch_bounds__(256) wide_forward_kernel(const __grid_constant
   finish<double>(task, args.row_loss, args.rows);
 }
 
-__global__ void __launch_bounds__(256) wide_backward_kernel(const __grid_constant__ KlDivTauArgs args, const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(256, 1) wide_backward_kernel(const __grid_constant__ KlDivTauArgs args, const __grid_constant__ Task task) {
   const Team team(task.plan);
   const int64_t r = blockIdx.x;
   const double weight = args.weight.at(r, 1.0);

@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kMostThreads) divisor_kernel(Numbers weight, N
 }
 
 __global__ void sum_nothing_kernel(Task task, bool wide) {
-  const double loss = 0 / task.divisor.at(0, 1.0);
+  const double loss = 0 / task.divisor.at(0, task.number);
   if (wide)
     *static_cast<double*>(task.loss) = loss;
   else
@@ -214,7 +214,7 @@ Numbers resolve_divisor(const Call& call, const Numbers& weight, int64_t rows, d
   plan.threads = kMostThreads;
   plan.blocks = 1;
   Numbers given[] = {weight, call.divisor};
-  double per_weight = call.times_weights;
+  double per_weight = call.times_weights * call.number;
   void* arguments[] = {&given[0], &given[1], &per_weight, &rows, &in_workspace};
   launch((const void*)divisor_kernel, plan, static_cast<cudaStream_t>(call.stream), arguments, "the sum of row weights", rows, 1);
   Numbers divisor;

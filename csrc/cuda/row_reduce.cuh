@@ -355,6 +355,13 @@ struct GradientRow {
   }
 };
 
+// Columns [from, width) of a row of any dtype become zero.
+inline __device__ void zero_wide(const Team& team, const Gradient& gradient, int64_t row, int64_t from) {
+  if (gradient.data == nullptr) return;
+  for (int64_t k = from + team.lane; k < gradient.width; k += team.size)
+    store_one(gradient.data, gradient.dtype, gradient.rows.offset(row) + k, 0.0);
+}
+
 // ---- slices --------------------------------------------------------------------------------------------------------------------
 
 // The vectors that this thread holds: first, first + stride, ... , `steps` of them for every thread of the team; those from `end` on
@@ -410,6 +417,7 @@ __device__ __forceinline__ float read_cluster(const float* mine, int rank) {
 struct Task {
   Plan plan;
   Numbers divisor;
+  double number;     // the divisor, where that is absent
   void* loss;        // the reduced loss; nullptr: not wanted
   unsigned* ticket;  // zero, and zero again afterwards
   float* partials;   // of slices that no cluster merges
@@ -434,7 +442,7 @@ __device__ __forceinline__ void finish(const Task& task, const void* row_loss, i
   block.team = blockDim.x;
   reduce<Sum>(Team(block), total, shared);
   if (threadIdx.x == 0) {
-    *static_cast<F*>(task.loss) = F(total[0] / task.divisor.at(0, 1.0));
+    *static_cast<F*>(task.loss) = F(total[0] / task.divisor.at(0, task.number));
     *task.ticket = 0;
   }
 }
@@ -445,7 +453,7 @@ __device__ __forceinline__ void finish(const Task& task, const void* row_loss, i
 //   merge(parameters, slices, read, own, lane)   the Row of several, by a warp: read(i) is the Partial of slice i, `own` this block's
 //   finish_row(parameters, row, weight, index)   writes loss and statistics
 template <class L, class H, bool wants_gradient>
-__global__ void __launch_bounds__(kMostThreads) forward_kernel(const __grid_constant__ typename L::Parameters parameters,
+__global__ void __launch_bounds__(kMostThreads, 1) forward_kernel(const __grid_constant__ typename L::Parameters parameters,
                                                                const __grid_constant__ Task task) {
   using Partial = typename L::Partial;
   using Row = typename L::Row;
@@ -471,7 +479,7 @@ __global__ void __launch_bounds__(kMostThreads) forward_kernel(const __grid_cons
     const GradientRow gradient(args.grad_student, index, span);
     float factor = 0;
     if constexpr (wants_gradient)
-      factor = args.grad_loss.at(index, 1.f) * float(args.grad_scale) * weight / task.divisor.at(0, 1.f);
+      factor = args.grad_loss.at(index, 1.f) * float(args.grad_scale) * weight / task.divisor.at(0, float(task.number));
 
     typename L::template Held<H, wants_gradient> held;
     const Partial partial = held.reduce(parameters, team, span, slice, student, teacher, gradient, factor, shared);
@@ -537,7 +545,7 @@ __global__ void __launch_bounds__(128) merge_kernel(const __grid_constant__ type
 
 // Gradients from what the forward left of a row: L::Backward<H> computes those of a vector.
 template <class L, class H>
-__global__ void __launch_bounds__(kMostThreads) backward_kernel(const __grid_constant__ typename L::Parameters parameters,
+__global__ void __launch_bounds__(kMostThreads, 1) backward_kernel(const __grid_constant__ typename L::Parameters parameters,
                                                                 const __grid_constant__ Task task) {
   const auto& args = parameters.args;
   const Plan& plan = task.plan;
@@ -563,7 +571,7 @@ __global__ void __launch_bounds__(kMostThreads) backward_kernel(const __grid_con
     grad_student.zero(team, args.classes);
     grad_teacher.zero(team, args.classes);
   }
-  const float factor = args.grad_loss.at(index, 1.f) * float(args.grad_scale) * weight / task.divisor.at(0, 1.f);
+  const float factor = args.grad_loss.at(index, 1.f) * float(args.grad_scale) * weight / task.divisor.at(0, float(task.number));
   const typename L::Backward backward(parameters, index, factor);
   const Slice slice(team, plan, span, slice_index);
 #pragma unroll 1
@@ -621,7 +629,7 @@ void run_backward(const typename L::Args& args, const Call& call, int stats, con
   Plan plan = plan_of<L>(args);
   const Workspace memory = workspace_of<L>(args, plan, call.workspace, stats);
   plan.cluster = false;
-  Task task{plan, resolve_divisor(call, args.weight, args.rows, memory.divisor), nullptr, nullptr, nullptr};
+  Task task{plan, resolve_divisor(call, args.weight, args.rows, memory.divisor), call.number, nullptr, nullptr, nullptr};
   if (is_wide(args.student.dtype, args.teacher.dtype)) {
     typename L::Args copy = args;
     void* arguments[] = {&copy, &task};
@@ -642,7 +650,7 @@ void run_forward(const typename L::Args& given, const Call& call, int stats, con
   const bool wide = is_wide(args.student.dtype, args.teacher.dtype), apart = plan.slices > 1 && !plan.cluster;
   const bool wants_gradient = args.grad_student.data != nullptr;
   if (args.row_loss == nullptr) args.row_loss = memory.row_loss;
-  Task task{plan, resolve_divisor(call, args.weight, args.rows, memory.divisor), call.loss, nullptr, memory.partials};
+  Task task{plan, resolve_divisor(call, args.weight, args.rows, memory.divisor), call.number, call.loss, nullptr, memory.partials};
   if (args.rows == 0) return sum_nothing(task, wide, stream);
   if (call.loss) task.ticket = zeroed_ticket(stream, memory.ticket);
   if (wide) {
