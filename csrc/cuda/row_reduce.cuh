@@ -109,10 +109,12 @@ __device__ __forceinline__ void reduce(const Team& team, F (&x)[N], F (&shared)[
   if (lane == 0)
     for (int n = 0; n < N; ++n) shared[warp][n] = x[n];
   __syncthreads();
-  for (int n = 0; n < N; ++n) x[n] = lane < team.warps ? shared[lane][n] : F(Op::identity);
+  // Every `wide` lanes read all warps' numbers, and end with the same result.
+  const int wide = team.warps > 8 ? 16 : team.warps > 4 ? 8 : 4, from = lane & (wide - 1);
+  for (int n = 0; n < N; ++n) x[n] = from < team.warps ? shared[from][n] : F(Op::identity);
 #pragma unroll
   for (int distance = kMostWarps / 2; distance > 0; distance /= 2) {
-    if (distance >= team.warps) continue;
+    if (distance >= wide) continue;
 #pragma unroll
     for (int n = 0; n < N; ++n) x[n] = op(x[n], __shfl_xor_sync(0xFFFFFFFFu, x[n], distance));
   }
