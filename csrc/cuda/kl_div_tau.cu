@@ -81,12 +81,13 @@ struct KlDivTau {
 
   template <class H, bool wants_gradient>
   struct Held {
-    static constexpr int kept = H::packed ? 4 : 2;
+    static constexpr int kept = kVectors;
     H s[kept];
-    float w[kept][kWidth], x[kept][kWidth];
+    float w[kept][H::width], x[kept][H::width];
 
+    template <class GradientOf, class FactorOf>
     __device__ __forceinline__ Partial reduce(const Parameters& p, const Team& team, const RowSpan& span, const Slice& slice,
-                                              const void* student, const void* teacher, const GradientRow&, float, Shared& shared) {
+                                              const void* student, const void* teacher, GradientOf, FactorOf, Shared& shared) {
       if (team.warps > 1 && threadIdx.x == 0) shared.s_j = ordered(-INFINITY);
       H t[kept];
 #pragma unroll
@@ -119,7 +120,7 @@ struct KlDivTau {
         for (int v = 0; v < kept; ++v) {
           if (v >= slice.steps) break;
 #pragma unroll
-          for (int i = 0; i < kWidth; ++i) s_j = t[v][i] == partial.t_max ? fmaxf(s_j, s[v][i]) : s_j;
+          for (int i = 0; i < H::width; ++i) s_j = t[v][i] == partial.t_max ? fmaxf(s_j, s[v][i]) : s_j;
         }
         if (team.warps > 1) atomicMax(&shared.s_j, ordered(s_j));
       }
@@ -149,7 +150,7 @@ struct KlDivTau {
       for (int v = 0; v < kept; ++v) {
         if (v >= slice.steps) break;
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
+        for (int i = 0; i < H::width; ++i) {
           const float sk = s[v][i], tk = t[v][i];
           w[v][i] = weight(tk);
           x[v][i] = fminf(fmaf(-p.ratio, tk, with_offset ? sk - partial.offset : sk) - partial.centre, kLargestX);
@@ -164,7 +165,7 @@ struct KlDivTau {
         for (int v = 0; v < kept; ++v) {
           if (v >= slice.steps) break;
 #pragma unroll
-          for (int i = 0; i < kWidth; ++i) {
+          for (int i = 0; i < H::width; ++i) {
             const bool none = x[v][i] == kLargestX;  // -inf in the teacher
             const float bounded = w[v][i] < kSmallest ? kSmallest : w[v][i];
             sums[0] += none ? 0.f : bounded;
@@ -190,9 +191,9 @@ struct KlDivTau {
 #pragma unroll
       for (int v = 0; v < kept; ++v) {
         if (v >= slice.steps) break;
-        float local = 0, largest = 0, h[kWidth];
+        float local = 0, largest = 0, h[H::width];
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
+        for (int i = 0; i < H::width; ++i) {
           const float u = fmaf(x[v][i], p.inv_tau, -partial.mean);
           const float term = w[v][i] * math::phi_series(u);
           largest = fmaxf(largest, u * u);
@@ -202,7 +203,7 @@ struct KlDivTau {
         if (!(largest < 1)) {
           local = 0;
 #pragma unroll
-          for (int i = 0; i < kWidth; ++i) {
+          for (int i = 0; i < H::width; ++i) {
             const float u = fmaf(x[v][i], p.inv_tau, -partial.mean);
             const float term = w[v][i] * math::phi_series(u);
             const bool small = u * u < 1;
@@ -213,7 +214,7 @@ struct KlDivTau {
         }
         excess[0] += local;
         if constexpr (wants_gradient)
-          for (int i = 0; i < kWidth; ++i) x[v][i] = h[i];
+          for (int i = 0; i < H::width; ++i) x[v][i] = h[i];
       }
       cuda::reduce<Sum>(team, excess, shared.excess);
       partial.excess = excess[0];
@@ -231,13 +232,13 @@ struct KlDivTau {
 #pragma unroll
       for (int v = 0; v < kept; ++v) {
         if (v >= slice.steps) break;
-        float g[kWidth];
+        float g[H::width];
         if (stable) {
 #pragma unroll
-          for (int i = 0; i < kWidth; ++i) g[i] = fmaf(x[v][i], by_h, w[v][i] * by_w);
+          for (int i = 0; i < H::width; ++i) g[i] = fmaf(x[v][i], by_h, w[v][i] * by_w);
         } else {
 #pragma unroll
-          for (int i = 0; i < kWidth; ++i) g[i] = fmaf(student_weight(s[v][i]), q_factor, -(w[v][i] * p_factor));
+          for (int i = 0; i < H::width; ++i) g[i] = fmaf(student_weight(s[v][i]), q_factor, -(w[v][i] * p_factor));
         }
         slice.store<H>(g, gradient, span, v);
       }
@@ -251,7 +252,7 @@ struct KlDivTau {
         for (int v = 0; v < kept; ++v) {
           if (v >= slice.steps) break;
 #pragma unroll
-          for (int i = 0; i < kWidth / 2; ++i) largest = H::larger(largest, logits[v].word[i]);
+          for (int i = 0; i < H::width / 2; ++i) largest = H::larger(largest, logits[v].word[i]);
         }
         const H pair{{largest}};
         return fmaxf(pair[0], pair[1]);
@@ -261,7 +262,7 @@ struct KlDivTau {
         for (int v = 0; v < kept; ++v) {
           if (v >= slice.steps) break;
 #pragma unroll
-          for (int i = 0; i < kWidth; ++i) largest = fmaxf(largest, logits[v][i]);
+          for (int i = 0; i < H::width; ++i) largest = fmaxf(largest, logits[v][i]);
         }
         return largest;
       }
@@ -381,12 +382,12 @@ struct KlDivTau {
     }
 
     template <class H>
-    __device__ __forceinline__ void vector(const Parameters& p, const H& s, const H& t, float (&for_student)[kWidth],
-                                           float (&for_teacher)[kWidth]) const {
+    __device__ __forceinline__ void vector(const Parameters& p, const H& s, const H& t, float (&for_student)[H::width],
+                                           float (&for_teacher)[H::width]) const {
       const float mean = stat[KlStat::mean], shift = mean + stat[KlStat::kl];
       float largest = 0;
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
+      for (int i = 0; i < H::width; ++i) {
         const float x = fminf(fmaf(-p.ratio, t[i], s[i] - stat[KlStat::offset]) - stat[KlStat::centre], kLargestX), w = weight(t[i]);
         const float z = fmaf(x, p.inv_tau, -shift);
         for_student[i] = w * p_student * math::expm1_series(z);
@@ -395,7 +396,7 @@ struct KlDivTau {
       }
       if (largest < 1) return;
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
+      for (int i = 0; i < H::width; ++i) {
         const float x = fminf(fmaf(-p.ratio, t[i], s[i] - stat[KlStat::offset]) - stat[KlStat::centre], kLargestX);
         const float z = fmaf(x, p.inv_tau, -shift);
         if (!(z * z < 1)) for_student[i] = fmaf(student_weight(s[i]), q_student, -(weight(t[i]) * p_student));

@@ -35,14 +35,16 @@ struct LogitMse {
 
   template <class H, bool wants_gradient>
   struct Held {
-    static constexpr int kept = H::packed ? 4 : 2;
+    static constexpr int kept = kVectors;
     H s[kept], t[kept];
 
+    template <class GradientOf, class FactorOf>
     __device__ __forceinline__ Partial reduce(const Parameters& p, const Team& team, const RowSpan& span, const Slice& slice,
-                                              const void* student, const void* teacher, const GradientRow& gradient, float factor,
+                                              const void* student, const void* teacher, GradientOf gradient_of, FactorOf factor_of,
                                               Shared& shared) {
       Partial partial{0, 0, 0};
-      factor = gradient_factor(p, factor, 1);
+      const float factor = gradient_factor(p, factor_of(), 1);
+      const GradientRow gradient = gradient_of();
       float total[1] = {0};
 #pragma unroll
       for (int v = 0; v < kept; ++v) {
@@ -50,9 +52,9 @@ struct LogitMse {
         s[v] = slice.load<H>(student, p.args.student.dtype, span, v);
         t[v] = slice.load<H>(teacher, p.args.teacher.dtype, span, v);
         if (p.centred) continue;
-        float local = 0, g[kWidth];
+        float local = 0, g[H::width];
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
+        for (int i = 0; i < H::width; ++i) {
           const float d = s[v][i] - t[v][i];
           local = fmaf(d, d, local);
           if constexpr (wants_gradient) g[i] = d * factor;
@@ -60,7 +62,7 @@ struct LogitMse {
         if (!(local == local)) {  // -inf on both sides, or outside the row
           local = 0;
 #pragma unroll
-          for (int i = 0; i < kWidth; ++i) {
+          for (int i = 0; i < H::width; ++i) {
             const float d = counts(s[v][i], t[v][i]) ? s[v][i] - t[v][i] : 0.f;
             local = fmaf(d, d, local);
             if constexpr (wants_gradient) g[i] = d * factor;
@@ -78,7 +80,7 @@ struct LogitMse {
           for (int v = 0; v < kept; ++v) {
             if (v >= slice.steps) break;
 #pragma unroll
-            for (int i = 0; i < kWidth; ++i) {
+            for (int i = 0; i < H::width; ++i) {
               const bool in = counts(s[v][i], t[v][i]);
               sums[0] += in ? (s[v][i] - t[v][i]) - partial.mean : 0.f;
               sums[1] += in ? 1.f : 0.f;
@@ -93,7 +95,7 @@ struct LogitMse {
         for (int v = 0; v < kept; ++v) {
           if (v >= slice.steps) break;
 #pragma unroll
-          for (int i = 0; i < kWidth; ++i) {
+          for (int i = 0; i < H::width; ++i) {
             const float d = counts(s[v][i], t[v][i]) ? (s[v][i] - t[v][i]) - mean : 0.f;
             total[0] = fmaf(d, d, total[0]);
           }
@@ -111,9 +113,9 @@ struct LogitMse {
 #pragma unroll
       for (int v = 0; v < kept; ++v) {
         if (v >= slice.steps) break;
-        float g[kWidth];
+        float g[H::width];
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) g[i] = counts(s[v][i], t[v][i]) ? ((s[v][i] - t[v][i]) - row.mean) * factor : 0.f;
+        for (int i = 0; i < H::width; ++i) g[i] = counts(s[v][i], t[v][i]) ? ((s[v][i] - t[v][i]) - row.mean) * factor : 0.f;
         slice.store<H>(g, gradient, span, v);
       }
     }
@@ -171,10 +173,10 @@ struct LogitMse {
       factor = gradient_factor(p, given, inv_classes);
     }
     template <class H>
-    __device__ __forceinline__ void vector(const Parameters&, const H& s, const H& t, float (&for_student)[kWidth],
-                                           float (&for_teacher)[kWidth]) const {
+    __device__ __forceinline__ void vector(const Parameters&, const H& s, const H& t, float (&for_student)[H::width],
+                                           float (&for_teacher)[H::width]) const {
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
+      for (int i = 0; i < H::width; ++i) {
         for_student[i] = counts(s[i], t[i]) ? ((s[i] - t[i]) - mean) * factor : 0.f;
         for_teacher[i] = -for_student[i];
       }

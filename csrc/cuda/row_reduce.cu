@@ -49,10 +49,10 @@ Device& current_device() {
 
 // ---- which class serves which row ----------------------------------------------------------------------------------------------
 //
-// In vectors of eight logits; a thread holds 4 where both sides have the same 16-bit format, else 2 (registers: w and x take 64 of
-// the 128 that 512 threads leave each).
+// A thread holds c = 32 logits of a pair of one 16-bit format, 16 of another pair: w, x and the student's logits take 80, or 48, of
+// the 128 registers that 512 threads leave to each. The bounds in parentheses are for c = 32 and 16.
 //
-//   row, per thread's capacity c   team                        why
+//   row                            team                        why
 //   <= 32 c   (1024, 512 logits)   1 .. 32 lanes of a warp     no barrier; as few lanes as hold it, so that reductions cost little
 //   <= 256 c  (8192, 4096)         a block, one                two or more blocks fit a multiprocessor: one loads, another computes
 //   clusters (compute capability 9.0 on):
@@ -62,7 +62,8 @@ Device& current_device() {
 //   <= 512 c  (16384, 8192)        a block, one                alone on its multiprocessor, but the row is read once
 //   else                           blocks of 256 c             each reduces a slice, a second kernel merges, a third reads again
 //   float64 on either side         a block of 256 a row        streams the row for each pass; simple, not fast
-Plan plan_rows(int64_t rows, int64_t row_vectors, int kept) {
+Plan plan_rows(int64_t rows, int64_t row_vectors) {
+  constexpr int kept = kVectors;
   constexpr int kBlock = 256;
   Plan plan;
   const int64_t most_cluster = current_device().most_cluster;
@@ -94,13 +95,11 @@ Plan plan_rows(int64_t rows, int64_t row_vectors, int kept) {
   return plan;
 }
 
-int64_t vectors_of_row(const Logits& student, int64_t rows, int64_t classes) {
-  if (classes > INT32_MAX - 2 * kWidth) throw std::runtime_error("kdfast: too many classes: " + std::to_string(classes));
-  const int per_boundary = 16 / size_of(student.dtype);
-  bool aligned = reinterpret_cast<uintptr_t>(student.data) % 16 == 0;
-  for (int d = 0; d < student.rows.dims; ++d) aligned = aligned && (student.rows.stride[d] % per_boundary == 0 || student.rows.size[d] == 1);
-  (void)rows;
-  return (classes + (aligned ? 0 : per_boundary - 1) + kWidth - 1) / kWidth;
+int64_t vectors_of_row(const Logits& student, int64_t classes, int width) {
+  if (classes > INT32_MAX - 32) throw std::runtime_error("kdfast: too many classes: " + std::to_string(classes));
+  bool aligned = reinterpret_cast<uintptr_t>(student.data) % uintptr_t(width * size_of(student.dtype)) == 0;
+  for (int d = 0; d < student.rows.dims; ++d) aligned = aligned && student.rows.stride[d] % width == 0;
+  return (classes + (aligned ? 0 : width - 1) + width - 1) / width;
 }
 
 Workspace::Workspace(void* base, size_t row_loss_size, size_t row_stats_size, size_t partials_size) {
@@ -182,21 +181,19 @@ template <class H>
 __global__ void __launch_bounds__(256) scale_kernel(void* out, const void* in, DType dtype, Numbers factor, int64_t count) {
   const float by = factor.at(0, 1.f);
   if (by == 1 && out == in) return;
-  const int64_t vectors = (count + kWidth - 1) / kWidth, size = H::packed ? 2 : size_of(dtype);
+  const int64_t vectors = (count + H::width - 1) / H::width, size = H::packed ? 2 : size_of(dtype);
   const bool aligned = (reinterpret_cast<uintptr_t>(out) | reinterpret_cast<uintptr_t>(in)) % 16 == 0;
   for (int64_t v = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; v < vectors; v += int64_t(gridDim.x) * blockDim.x) {
-    const int left = int(count - v * kWidth < kWidth ? count - v * kWidth : kWidth);
-    const char* from = static_cast<const char*>(in) + v * kWidth * size;
-    char* to = static_cast<char*>(out) + v * kWidth * size;
-    RowSpan span(aligned ? nullptr : reinterpret_cast<void*>(2), DType::bf16, nullptr, DType::bf16, left);
-    span.phase = 0;
-    span.whole = aligned && left == kWidth;
-    span.whole_begin = 0;
+    const int left = int(count - v * H::width < H::width ? count - v * H::width : H::width);
+    const char* from = static_cast<const char*>(in) + v * H::width * size;
+    char* to = static_cast<char*>(out) + v * H::width * size;
+    RowSpan span(H::width, nullptr, dtype, nullptr, dtype, left);
+    span.whole = aligned && left == H::width;
     GradientRow row;
     row.row = to, row.dtype = dtype, row.width = left, row.aligned = aligned;
     const H x = load_vector<H>(from, dtype, span, 0);
-    float y[kWidth];
-    for (int i = 0; i < kWidth; ++i) y[i] = x[i] * by;
+    float y[H::width];
+    for (int i = 0; i < H::width; ++i) y[i] = x[i] * by;
     row.store<H>(y, span, 0);
   }
 }
@@ -237,7 +234,7 @@ void scale_gradient(void* out, const void* in, DType dtype, const Numbers& facto
   if (count == 0) return;
   Plan plan;
   plan.threads = 256;
-  const int64_t per_block = dtype == DType::f64 ? 256 : 256 * kWidth, blocks = (count + per_block - 1) / per_block;
+  const int64_t per_block = dtype == DType::f64 ? 256 : 1024, blocks = (count + per_block - 1) / per_block;
   plan.blocks = unsigned(blocks < (1 << 20) ? blocks : 1 << 20);
   Numbers by = factor;
   void *typed[] = {&out, &in, &dtype, &by, &count}, *wide[] = {&out, &in, &by, &count};

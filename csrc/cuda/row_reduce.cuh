@@ -1,6 +1,6 @@
 // What the losses share on CUDA: which threads work on a row, how they read and write it, how they reduce over it.
 //
-// A row is read once. A team of threads holds it in registers, eight neighbouring logits (a vector) at a time: part of a warp, a
+// A row is read once. A team of threads holds it in registers, a few neighbouring logits (a vector) at a time: part of a warp, a
 // warp, a block, or several blocks of which each holds a slice. Slices are reduced each by itself to a few numbers (Loss::Partial),
 // which are then merged: by the blocks of a cluster through their shared memory, else through a workspace by a second kernel. A
 // loss (kl_div_tau.cu, logit_mse.cu) brings its arithmetic; `forward_kernel`, `merge_kernel` and `backward_kernel` bring the rest.
@@ -15,7 +15,7 @@ namespace kdfast::cuda {
 
 // ---- plans: which threads work on a row ----------------------------------------------------------------------------------------
 
-constexpr int kWidth = 8;         // logits in a vector: 16 bytes of a 16-bit format, twice 16 of float32
+constexpr int kVectors = 4;       // that a thread holds
 constexpr int kMostThreads = 512;  // of a block: 128 registers each
 constexpr int kMostWarps = kMostThreads / 32;
 constexpr int kMostCluster = 16;
@@ -29,10 +29,10 @@ struct Plan {
   unsigned blocks = 0;
 };
 
-// `kept`: vectors that a thread can hold. `row_vectors`: vectors that a row takes at most.
-Plan plan_rows(int64_t rows, int64_t row_vectors, int kept);
+// `row_vectors`: vectors that a row takes at most.
+Plan plan_rows(int64_t rows, int64_t row_vectors);
 // The number of vectors that no row exceeds, given how its start is aligned.
-int64_t vectors_of_row(const Logits& student, int64_t rows, int64_t classes);
+int64_t vectors_of_row(const Logits& student, int64_t classes, int width);
 
 // Memory of a call, carved from its workspace.
 struct Workspace {
@@ -182,28 +182,30 @@ __host__ __device__ constexpr int size_of(DType dtype) {
   return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
 }
 
-// Where a row's vectors lie. They begin at 16-byte boundaries of the student's memory: the first one may begin `phase` classes before
+// Where a row's vectors lie. They begin at multiples of their size in the student's memory: the first one may begin `phase` classes before
 // the row, and the last may end after it. Those two go element by element, so that nothing outside the row is touched; the others
-// go by 128 bits, unless the teacher's row begins elsewhere between two boundaries.
+// go whole, unless the teacher's row begins elsewhere between two such boundaries.
 struct RowSpan {
-  int classes, phase, vectors;
+  int width, classes, phase, vectors;
   int whole_begin;  // vectors [whole_begin, whole_begin + whole) go by 128 bits
   unsigned whole;
 
-  __device__ __forceinline__ RowSpan(const void* student, DType student_dtype, const void* teacher, DType teacher_dtype, int64_t classes)
-      : classes(int(classes)) {
-    phase = int(reinterpret_cast<uintptr_t>(student) % 16) / size_of(student_dtype);
-    vectors = (phase + this->classes + kWidth - 1) / kWidth;
+  __device__ __forceinline__ RowSpan(int width, const void* student, DType student_dtype, const void* teacher, DType teacher_dtype,
+                                     int64_t classes)
+      : width(width), classes(int(classes)) {
+    const unsigned at = unsigned(reinterpret_cast<uintptr_t>(student));
+    phase = (student_dtype == DType::f32 ? at >> 2 : at >> 1) & (width - 1);
+    vectors = (phase + this->classes + width - 1) / width;
     whole_begin = phase > 0;
-    whole = is_aligned(teacher, teacher_dtype) ? unsigned(max(0, (phase + this->classes) / kWidth - whole_begin)) : 0;
+    whole = is_aligned(teacher, teacher_dtype) ? unsigned(max(0, (phase + this->classes) / width - whole_begin)) : 0;
   }
-  // Whether a row of another tensor has its vectors at 16-byte boundaries too.
+  // Whether a row of another tensor has its vectors at multiples of their size too.
   __device__ __forceinline__ bool is_aligned(const void* row, DType dtype) const {
-    return (reinterpret_cast<uintptr_t>(row) - phase * size_of(dtype)) % 16 == 0;
+    return ((unsigned(reinterpret_cast<uintptr_t>(row)) - phase * size_of(dtype)) & (width * size_of(dtype) - 1)) == 0;
   }
   __device__ __forceinline__ bool is_whole(int vector) const { return unsigned(vector - whole_begin) < whole; }
   // Element i of a vector, where it is in the row.
-  __device__ __forceinline__ bool has(int vector, int i) const { return unsigned(vector * kWidth - phase + i) < unsigned(classes); }
+  __device__ __forceinline__ bool has(int vector, int i) const { return unsigned(vector * width - phase + i) < unsigned(classes); }
 };
 
 // Streamed: each byte is used once.
@@ -214,7 +216,8 @@ __device__ __forceinline__ void store_words(void* at, uint4 words) { __stcs(stat
 // outside the row are -inf.
 struct HeldBF16 {
   static constexpr bool packed = true;
-  uint32_t word[kWidth / 2];
+  static constexpr int width = 8;  // 16 bytes
+  uint32_t word[width / 2];
 
   __device__ __forceinline__ float operator[](int i) const {
     return i % 2 ? __uint_as_float(word[i / 2] & 0xFFFF0000u) : __uint_as_float(word[i / 2] << 16);
@@ -229,7 +232,8 @@ struct HeldBF16 {
 };
 struct HeldF16 {
   static constexpr bool packed = true;
-  uint32_t word[kWidth / 2];
+  static constexpr int width = 8;  // 16 bytes
+  uint32_t word[width / 2];
 
   __device__ __forceinline__ float operator[](int i) const {
     return widen_f16(uint16_t(i % 2 ? word[i / 2] >> 16 : word[i / 2] & 0xFFFFu));
@@ -244,7 +248,8 @@ struct HeldF16 {
 };
 struct HeldFloat {
   static constexpr bool packed = false;
-  float number[kWidth];
+  static constexpr int width = 4;  // 16 bytes of float32, 8 of a 16-bit format
+  float number[width];
 
   __device__ __forceinline__ float operator[](int i) const { return number[i]; }
 };
@@ -264,9 +269,9 @@ template <class Held>
 __device__ __forceinline__ Held load_part(const void* row, DType dtype, const RowSpan& span, int vector) {
   Held v = outside<Held>();
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
+  for (int i = 0; i < Held::width; ++i) {
     if (!span.has(vector, i)) continue;
-    const int64_t at = int64_t(vector) * kWidth - span.phase + i;
+    const int64_t at = int64_t(vector) * Held::width - span.phase + i;
     if constexpr (Held::packed) {
       const uint32_t bits = static_cast<const uint16_t*>(row)[at];
       v.word[i / 2] = i % 2 ? (v.word[i / 2] & 0xFFFFu) | bits << 16 : (v.word[i / 2] & 0xFFFF0000u) | bits;
@@ -282,22 +287,19 @@ template <class Held>
 __device__ __forceinline__ Held load_vector(const void* row, DType dtype, const RowSpan& span, int vector) {
   if (!span.is_whole(vector)) return load_part<Held>(row, dtype, span, vector);
   Held v;
-  const char* at = static_cast<const char*>(row) + (int64_t(vector) * kWidth - span.phase) * (Held::packed ? 2 : size_of(dtype));
+  const char* at = static_cast<const char*>(row) + (int64_t(vector) * Held::width - span.phase) * (Held::packed ? 2 : size_of(dtype));
   if constexpr (Held::packed) {
     const uint4 words = load_words(at);
     v.word[0] = words.x, v.word[1] = words.y, v.word[2] = words.z, v.word[3] = words.w;
   } else if (dtype == DType::f32) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint4 words = load_words(at + half * 16);
-      v.number[half * 4] = __uint_as_float(words.x), v.number[half * 4 + 1] = __uint_as_float(words.y);
-      v.number[half * 4 + 2] = __uint_as_float(words.z), v.number[half * 4 + 3] = __uint_as_float(words.w);
-    }
-  } else {
     const uint4 words = load_words(at);
-    const uint32_t word[] = {words.x, words.y, words.z, words.w};
+    v.number[0] = __uint_as_float(words.x), v.number[1] = __uint_as_float(words.y);
+    v.number[2] = __uint_as_float(words.z), v.number[3] = __uint_as_float(words.w);
+  } else {
+    const uint2 words = __ldcs(reinterpret_cast<const uint2*>(at));
+    const uint32_t word[] = {words.x, words.y};
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
+    for (int i = 0; i < Held::width; ++i) {
       const uint16_t bits = uint16_t(i % 2 ? word[i / 2] >> 16 : word[i / 2] & 0xFFFFu);
       v.number[i] = dtype == DType::bf16 ? widen_bf16(bits) : widen_f16(bits);
     }
@@ -322,33 +324,33 @@ struct GradientRow {
   __device__ explicit operator bool() const { return row != nullptr; }
 
   template <class Held>
-  __device__ __forceinline__ void store(const float (&x)[kWidth], const RowSpan& span, int vector) const {
-    const int64_t first = int64_t(vector) * kWidth - span.phase;
+  __device__ __forceinline__ void store(const float (&x)[Held::width], const RowSpan& span, int vector) const {
+    const int64_t first = int64_t(vector) * Held::width - span.phase;
     if (!aligned || !span.is_whole(vector)) {
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i)
+      for (int i = 0; i < Held::width; ++i)
         if (span.has(vector, i)) store_one(row, dtype, first + i, x[i]);
       return;
     }
     char* at = row + first * (Held::packed ? 2 : size_of(dtype));
     if constexpr (!Held::packed) {
       if (dtype == DType::f32) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          store_words(at + half * 16, {__float_as_uint(x[half * 4]), __float_as_uint(x[half * 4 + 1]),
-                                       __float_as_uint(x[half * 4 + 2]), __float_as_uint(x[half * 4 + 3])});
+        store_words(at, {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
         return;
       }
     }
-    uint32_t word[kWidth / 2];
+    uint32_t word[Held::width / 2];
 #pragma unroll
-    for (int i = 0; i < kWidth / 2; ++i) {
+    for (int i = 0; i < Held::width / 2; ++i) {
       if constexpr (Held::packed)
         word[i] = Held::narrow(x[2 * i], x[2 * i + 1]);
       else
         word[i] = dtype == DType::bf16 ? narrow_bf16(x[2 * i], x[2 * i + 1]) : narrow_f16(x[2 * i], x[2 * i + 1]);
     }
-    store_words(at, {word[0], word[1], word[2], word[3]});
+    if constexpr (Held::packed)
+      store_words(at, {word[0], word[1], word[2], word[3]});
+    else
+      __stcs(reinterpret_cast<uint2*>(at), make_uint2(word[0], word[1]));
   }
   // Columns [from, width) become zero. The threads of the row's team share the work.
   __device__ __forceinline__ void zero(const Team& team, int64_t from) const {
@@ -385,7 +387,7 @@ struct Slice {
     return vector(step) < end ? load_vector<Held>(row, dtype, span, vector(step)) : outside<Held>();
   }
   template <class Held>
-  __device__ __forceinline__ void store(const float (&x)[kWidth], const GradientRow& gradient, const RowSpan& span, int step) const {
+  __device__ __forceinline__ void store(const float (&x)[Held::width], const GradientRow& gradient, const RowSpan& span, int step) const {
     if (vector(step) < end) gradient.store<Held>(x, span, vector(step));
   }
 };
@@ -476,15 +478,15 @@ __global__ void __launch_bounds__(kMostThreads, 1) forward_kernel(const __grid_c
   if (weight != 0) {
     const void* student = static_cast<const char*>(args.student.data) + args.student.rows.offset(index) * size_of(args.student.dtype);
     const void* teacher = static_cast<const char*>(args.teacher.data) + args.teacher.rows.offset(index) * size_of(args.teacher.dtype);
-    const RowSpan span(student, args.student.dtype, teacher, args.teacher.dtype, args.classes);
+    const RowSpan span(H::width, student, args.student.dtype, teacher, args.teacher.dtype, args.classes);
     const Slice slice(team, plan, span, slice_index);
-    const GradientRow gradient(args.grad_student, index, span);
-    float factor = 0;
-    if constexpr (wants_gradient)
-      factor = args.grad_loss.at(index, 1.f) * float(args.grad_scale) * weight / task.divisor.at(0, float(task.number));
+    const auto gradient_of = [&] { return GradientRow(args.grad_student, index, span); };
+    const auto factor_of = [&] {
+      return args.grad_loss.at(index, 1.f) * float(args.grad_scale) * weight / task.divisor.at(0, float(task.number));
+    };
 
     typename L::template Held<H, wants_gradient> held;
-    const Partial partial = held.reduce(parameters, team, span, slice, student, teacher, gradient, factor, shared);
+    const Partial partial = held.reduce(parameters, team, span, slice, student, teacher, gradient_of, factor_of, shared);
     Row row;
     if (plan.slices == 1) {
       row = L::row_of(parameters, partial);
@@ -509,7 +511,8 @@ __global__ void __launch_bounds__(kMostThreads, 1) forward_kernel(const __grid_c
       return;
     }
     if constexpr (wants_gradient) {
-      held.write_gradient(parameters, span, slice, row, gradient, factor);
+      const GradientRow gradient = gradient_of();
+      held.write_gradient(parameters, span, slice, row, gradient, factor_of());
       if (slice_index == plan.slices - 1) gradient.zero(team, args.classes);
     }
     if (slice_index == 0 && team.leads()) L::finish_row(parameters, row, weight, index);
@@ -517,7 +520,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) forward_kernel(const __grid_c
   } else if (index < args.rows) {  // not read
     if (slice_index == 0) {
       const void* row = args.student.data;
-      const RowSpan span(row, args.student.dtype, row, args.student.dtype, args.classes);
+      const RowSpan span(H::width, row, args.student.dtype, row, args.student.dtype, args.classes);
       if constexpr (wants_gradient) GradientRow(args.grad_student, index, span).zero(team, 0);
       if (team.leads() && (plan.slices == 1 || plan.cluster)) L::finish_row(parameters, Row{}, weight, index);
     }
@@ -560,7 +563,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) backward_kernel(const __grid_
 
   const void* student = static_cast<const char*>(args.student.data) + args.student.rows.offset(index) * size_of(args.student.dtype);
   const void* teacher = static_cast<const char*>(args.teacher.data) + args.teacher.rows.offset(index) * size_of(args.teacher.dtype);
-  const RowSpan span(student, args.student.dtype, teacher, args.teacher.dtype, args.classes);
+  const RowSpan span(H::width, student, args.student.dtype, teacher, args.teacher.dtype, args.classes);
   const GradientRow grad_student(args.grad_student, index, span), grad_teacher(args.grad_teacher, index, span);
   const float weight = args.weight.at(index, 1.f);
   if (weight == 0) {
@@ -579,7 +582,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) backward_kernel(const __grid_
 #pragma unroll 1
   for (int step = 0; step < slice.steps; ++step) {
     const H s = slice.load<H>(student, args.student.dtype, span, step), t = slice.load<H>(teacher, args.teacher.dtype, span, step);
-    float for_student[kWidth], for_teacher[kWidth];
+    float for_student[H::width], for_teacher[H::width];
     backward.vector(parameters, s, t, for_student, for_teacher);
     if (grad_student) slice.store<H>(for_student, grad_student, span, step);
     if (grad_teacher) slice.store<H>(for_teacher, grad_teacher, span, step);
@@ -589,7 +592,9 @@ __global__ void __launch_bounds__(kMostThreads, 1) backward_kernel(const __grid_
 // ---- on the host: the launches of a call ---------------------------------------------------------------------------------------
 
 inline bool is_wide(DType student, DType teacher) { return student == DType::f64 || teacher == DType::f64; }
-inline int vectors_kept(DType student, DType teacher) { return size_of(student) == 2 && student == teacher ? 4 : 2; }
+inline int vector_width(DType student, DType teacher) {
+  return size_of(student) == 2 && student == teacher ? HeldBF16::width : HeldFloat::width;
+}
 
 template <class L>
 Plan plan_of(const typename L::Args& args) {
@@ -599,7 +604,7 @@ Plan plan_of(const typename L::Args& args) {
     plan.blocks = args.rows;
     return plan;
   }
-  return plan_rows(args.rows, vectors_of_row(args.student, args.rows, args.classes), vectors_kept(args.student.dtype, args.teacher.dtype));
+  return plan_rows(args.rows, vectors_of_row(args.student, args.classes, vector_width(args.student.dtype, args.teacher.dtype)));
 }
 
 template <class L>
