@@ -166,7 +166,7 @@ struct KlDivTau {
           if (v >= slice.steps) break;
 #pragma unroll
           for (int i = 0; i < H::width; ++i) {
-            const bool none = x[v][i] == kLargestX;  // -inf in the teacher
+            const bool none = x[v][i] == kLargestX && w[v][i] == 0;  // -inf in the teacher
             const float bounded = w[v][i] < kSmallest ? kSmallest : w[v][i];
             sums[0] += none ? 0.f : bounded;
             sums[1] += none ? 0.f : bounded * x[v][i];
