@@ -163,10 +163,12 @@ def relative(got: Array | float, true: Array | float, dtype: torch.dtype, scale:
     """Relative L2 error. A truth too small for the dtype (under the loss scale), or for float32 sums, counts as zero.
 
     Float32 sums hold their digits above tiny / eps: below it their rounding errors are no longer normal numbers.
+    Where the truth is exactly zero (one class), the error is taken relative to float32's eps.
     """
     single = torch.finfo(torch.float32)
-    floor = max(torch.finfo(dtype).tiny / scale, single.tiny / single.eps) * math.sqrt(np.size(true))
-    return float(np.linalg.norm(np.subtract(got, true))) / max(float(np.linalg.norm(true)), floor)
+    size = float(np.linalg.norm(true))
+    floor = max(torch.finfo(dtype).tiny / scale, single.tiny / single.eps) if size else single.eps
+    return float(np.linalg.norm(np.subtract(got, true))) / max(size, floor * math.sqrt(np.size(true)))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ struct KlStat {
 };
 
 struct MseStat {
-  enum { mean, inv_classes, count };
+  enum { offset, mean, inv_classes, count };
 };
 
 namespace math {
@@ -119,12 +119,6 @@ KDFAST_INLINE F log1p(F x) {
   const F sum = 1 + x;
   return log(sum) + (x - (sum - 1)) / sum;
 }
-template <class F>
-KDFAST_INLINE F larger_magnitude(F a, F b) {
-  a = a < 0 ? -a : a;
-  b = b < 0 ? -b : b;
-  return a > b ? a : b;
-}
 // The power of two at or below x > 0 (0 for a subnormal).
 KDFAST_INLINE float power_of_two(float x) {
   uint32_t bits;
@@ -141,12 +135,13 @@ KDFAST_INLINE double power_of_two(double x) {
   return x;
 }
 
-// The shift `d` between student and teacher in units of 2^-7 of the power of two at or below `magnitude`, the size of the logits.
-// Being that coarse, subtracting it from a logit is exact but for logits far below it, and a shift smaller than that is left alone.
+// The shift `d` between student and teacher in units of 2^-7 of the power of two at or below `size`, the largest finite magnitude of
+// the student's logits. Being that coarse, its subtraction from a logit rounds nothing away but where it is far larger than the
+// logit, and a shift too small to matter is left alone (0).
 template <class F>
-KDFAST_INLINE F row_offset(F d, F magnitude) {
+KDFAST_INLINE F row_offset(F d, F size) {
   constexpr F round = sizeof(F) == 4 ? F(12582912.0) : F(6755399441055744.0);  // 1.5 * 2^23, 1.5 * 2^52
-  const F big = round * (power_of_two(magnitude) / 128), offset = (d + big) - big;
+  const F big = round * (power_of_two(size) / 128), offset = (d + big) - big;
   return offset - offset == 0 ? offset : F(0);  // not finite: a row with infinities or NaN
 }
 

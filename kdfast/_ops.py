@@ -36,7 +36,7 @@ def _loss(name: str, row_stats: Callable[..., int], definition: Callable[..., Te
 
 
 KL_DIV_TAU = _loss("kl_div_tau", lambda tau, teacher_tau, scale_by_tau_squared: 8, reference.kl_div_tau)
-LOGIT_MSE = _loss("logit_mse", lambda center, tau_limit: 2 if center else 0, reference.logit_mse)
+LOGIT_MSE = _loss("logit_mse", lambda center, tau_limit: 3 if center else 0, reference.logit_mse)
 LOSSES = (KL_DIV_TAU, LOGIT_MSE)
 
 scale_gradient = torch.ops.kdfast.scale_gradient.default

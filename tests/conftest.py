@@ -1,4 +1,5 @@
-"""Fixtures: ``where`` runs a test on every (device, backend) pair there is, ``kernel`` on those with kernels of our own."""
+"""Fixtures: ``where`` runs a test on every (device, backend) pair there is, ``kernel`` on those with kernels of our
+own."""
 
 from __future__ import annotations
 

@@ -2,11 +2,12 @@
 
 * ``oracle`` computes a loss and both gradients by the definition, in extended precision, with every option of the
   public functions.  It shares no code with the package; ``test_oracle.py`` proves it against mpmath.
-* ``check_loss`` / ``check_grad`` compare with the oracle.  Budgets are *relative* (DESIGN section 2): 5e-6 for a batch's loss and
-  2e-6 in L2 for a gradient when the arithmetic is float32, and about 2**-53 / 2**-24 of that for float64.  There is no absolute
-  tolerance; the only floor is where float32 has no digits at all (1e-34).
+* ``check_loss`` / ``check_grad`` compare with the oracle.  Budgets are *relative* (DESIGN section 2): 5e-6 for a
+  batch's loss and 2e-6 in L2 for a gradient when the arithmetic is float32, and about 2**-53 / 2**-24 of that for
+  float64.  There is no absolute tolerance; the only floor is where float32 has no digits at all (1e-34).
 * ``logits`` draws the inputs, ``Where`` runs the package on one (device, backend) pair: inputs are built on the CPU and
-  moved, results are moved back, and every backward gets an explicit ``grad_output``, so that no kernel but kdfast's runs on the device.
+  moved, results are moved back, and every backward gets an explicit ``grad_output``, so that no kernel but kdfast's
+  runs on the device.
 """
 
 from __future__ import annotations
@@ -43,11 +44,13 @@ LOSS_BUDGET = {F32: 5e-6, F64: 1e-13}
 GRAD_BUDGET = {F32: 2e-6, F64: 1e-13}
 #: What the type cannot hold: an exponential that underflowed (1e-38), times a logit.  Nothing else is absolute here.
 FLOOR = {F32: 1e-34, F64: 1e-290}
-# float64: 5e-6 and 2e-6 are about 80 and 30 float32 roundings; the same count of float64 roundings is 1e-14 and 4e-15.  1e-13 leaves
-# the kernels' float64 polynomials a decimal digit, and is nine digits below anything a float32 step in the chain would leave.
+# float64: 5e-6 and 2e-6 are about 80 and 30 float32 roundings; the same count of float64 roundings is 1e-14 and 4e-15.
+# 1e-13 leaves the kernels' float64 polynomials a decimal digit, and is nine digits below anything a float32 step in the
+# chain would leave.
 
 
-# ------------------------------------------------------------------------------------------------------------------ oracle
+# ------------------------------------------------------------------------------------------------------------------
+# oracle
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,9 @@ def _kl_rows(s: np.ndarray, t: np.ndarray, tau: Any, teacher_tau: Any) -> tuple[
     m = m + (p * (x - m)).sum(-1, keepdims=True)  # once refined: sum p (x - m) = 0 to the last digit
     c = np.where(both, x - m, 0)
     plain = lse_s - lse_t - shift - m
-    # KL = log sum_k e^{s_k/tau - lse_t - shift - m}; the terms are p_k e^{c_k} where both sides are on, and sum p c = 0 there, so
-    # KL = log1p(sum_both p phi(c) + sum_{student alone} e^{...}).  The exponent form also serves where p has underflowed.
+    # KL = log sum_k e^{s_k/tau - lse_t - shift - m}; the terms are p_k e^{c_k} where both sides are on, and sum p c = 0
+    # there, so KL = log1p(sum_both p phi(c) + sum_{student alone} e^{...}).  The exponent form also serves where p has
+    # underflowed.
     small = both & (np.abs(c) < 1)
     term = np.exp(np.where(on_s & ~small & (plain < 0.5), s0 / tau - lse_t - shift - m, -INF))
     pieces = np.where(small, p * _phi(np.where(small, c, 0)), term - np.where(both, p + p * c, 0))
@@ -165,15 +169,16 @@ def oracle(
     precision: type | None = None,
     **_: Any,
 ) -> Truth:
-    """The right answer.  ``precision``: float64 suffices for float32 and narrower inputs (2e9 below the budget; the differences
-    are taken before anything is rounded), longdouble for float64 ones; ``test_oracle.py`` holds the two together."""
+    """The right answer.  ``precision``: float64 suffices for float32 and narrower inputs (2e9 below the budget; the
+    differences are taken before anything is rounded), longdouble for float64 ones; ``test_oracle.py`` holds the two
+    together."""
     wide = F64 in (getattr(student, "dtype", None), getattr(teacher, "dtype", None))
     real = precision or (np.longdouble if wide else np.float64)
     reduction = reduction or ("batchmean" if loss == "kl_div_tau" else "mean")
     s_all, t_all = to_numpy(student, real), to_numpy(teacher, real)
     k = num_classes if num_classes is not None else s_all.shape[-1]
     lead = s_all.shape[:-1]
-    s, t = (np.broadcast_to(a[..., :k], lead + (k,)).reshape(-1, k) for a in (s_all, t_all))
+    s, t = (np.broadcast_to(a[..., :k], (*lead, k)).reshape(-1, k) for a in (s_all, t_all))
     n = s.shape[0]
     weight = np.ones(n, real) if row_weight is None else np.broadcast_to(to_numpy(row_weight, real), lead).reshape(-1)
     used = weight != 0
@@ -233,7 +238,8 @@ def oracle(
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------- judge
+# -------------------------------------------------------------------------------------------------------------------
+# judge
 
 
 def arithmetic(*tensors: Tensor) -> torch.dtype:
@@ -256,7 +262,8 @@ def _same_specials(got: np.ndarray, want: np.ndarray, what: str) -> np.ndarray:
 
 
 def loss_error(got: Tensor, truth: Truth) -> float:
-    """Sum of the absolute errors over the sum of the absolute terms: the batch value's relative error (for a vector of rows, in L1)."""
+    """Sum of the absolute errors over the sum of the absolute terms: the batch value's relative error (for a vector of
+    rows, in L1)."""
     g = to_numpy(got, truth.loss.dtype.type)
     fine = np.isfinite(truth.loss)
     error = float(np.abs(g[fine] - truth.loss[fine]).sum()) if truth.loss.ndim else float(abs(g - truth.loss)) if fine else 0.0
@@ -274,7 +281,8 @@ def check_loss(got: Tensor, truth: Truth, inputs: tuple[Tensor, ...], *, allow: 
     size = truth.size if truth.loss.ndim == 0 else float(np.abs(truth.loss[np.isfinite(truth.loss)]).sum())
     if math.isfinite(size):
         assert error <= budget or error * size <= FLOOR[kind], (
-            f"loss {got.flatten()[:4].tolist()}, should be {truth.loss.reshape(-1)[:4].tolist()}: relative error {error:.2e} > {budget:.1e}"
+            f"loss {got.flatten()[:4].tolist()}, should be {truth.loss.reshape(-1)[:4].tolist()}: "
+            f"relative error {error:.2e} > {budget:.1e}"
         )
     return error
 
@@ -300,12 +308,13 @@ def check_grad(
     unspecified: np.ndarray | None = None,
     silent: np.ndarray | None = None,
 ) -> float:
-    """``like``: the input whose gradient this is; ``inputs``: both logits (they decide the arithmetic); ``silent``: where the gradient
-    is zero by construction, and must be zero to the bit.
+    """``like``: the input whose gradient this is; ``inputs``: both logits (they decide the arithmetic); ``silent``:
+    where the gradient is zero by construction, and must be zero to the bit.
 
-    Let a be the exact gradient and e the error before the last rounding.  |round(a + e) - a| <= |round(a) - a| + 2|e| holds element by
-    element, so the result may differ from the truth by the unavoidable rounding plus *twice* the budget: a 16-bit gradient is
-    judged as sharply as a 32-bit one.  ``roundings`` = 2: a stored 16-bit gradient that was multiplied by grad_output afterwards.
+    Let a be the exact gradient and e the error before the last rounding.  |round(a + e) - a| <= |round(a) - a| + 2|e|
+    holds element by element, so the result may differ from the truth by the unavoidable rounding plus *twice* the
+    budget: a 16-bit gradient is judged as sharply as a 32-bit one.  ``roundings`` = 2: a stored 16-bit gradient that
+    was multiplied by grad_output afterwards.
     """
     assert got is not None, "no gradient"
     assert got.dtype == like.dtype, f"gradient dtype {got.dtype}, should be its input's, {like.dtype}"
@@ -332,7 +341,8 @@ def check_grad(
     return error
 
 
-# ------------------------------------------------------------------------------------------------------------------- eager
+# -------------------------------------------------------------------------------------------------------------------
+# eager
 
 
 def eager(
@@ -350,7 +360,8 @@ def eager(
     center: bool = False,
     **_: Any,
 ) -> Tensor:
-    """The lines of PyTorch that the package replaces, in the inputs' own (promoted) type.  tau = inf: by autograd-friendly variance."""
+    """The lines of PyTorch that the package replaces, in the inputs' own (promoted) type.  tau = inf: by
+    autograd-friendly variance."""
     reduction = reduction or ("batchmean" if loss == "kl_div_tau" else "mean")
     kind = torch.promote_types(student.dtype, teacher.dtype)
     s, t = student.to(kind)[..., :num_classes], teacher.to(kind)[..., :num_classes]
@@ -382,8 +393,9 @@ def eager(
 def eager_errors(
     loss: str, student: Tensor, teacher: Tensor, truth: Truth, grad_output: Any = 1.0, **options: Any
 ) -> tuple[float, ...]:
-    """Relative error of (loss, student gradient, teacher gradient) of the eager chain, computed in float32 at least: what a careful
-    user of plain PyTorch gets.  A property test may accept twice that where float32 cannot do better (tiny KL at low tau, say)."""
+    """Relative error of (loss, student gradient, teacher gradient) of the eager chain, computed in float32 at least:
+    what a careful user of plain PyTorch gets.  A property test may accept twice that where float32 cannot do better
+    (tiny KL at low tau, say)."""
     kind = arithmetic(student, teacher)
     s, t = (x.detach().to(kind).requires_grad_() for x in (student, teacher))
     value = eager(loss, s, t, **options)
@@ -391,7 +403,8 @@ def eager_errors(
     return loss_error(value, truth), grad_error(gs, truth.student), grad_error(gt, truth.teacher)
 
 
-# ------------------------------------------------------------------------------------------------------------------ inputs
+# ------------------------------------------------------------------------------------------------------------------
+# inputs
 
 #: regime -> (spread of the teacher, spread of student - teacher, shift of the student)
 REGIMES = {
@@ -421,7 +434,8 @@ def _logits(regime: str, shape: tuple[int, ...], pair: tuple[torch.dtype, torch.
     return s, t
 
 
-# ------------------------------------------------------------------------------------------------------------------ running
+# ------------------------------------------------------------------------------------------------------------------
+# running
 
 
 @dataclass(frozen=True)
@@ -463,7 +477,8 @@ class Where:
         teacher_view: Callable[[Tensor], Tensor] | None = None,
         **options: Any,
     ) -> Result:
-        """Forward, and backward for the sides named in ``grads`` ("", "s", "t" or "st").  ``view`` is applied on the device, to a leaf."""
+        """Forward, and backward for the sides named in ``grads`` ("", "s", "t" or "st").  ``view`` is applied on the
+        device, to a leaf."""
         s = view(self.put(student.detach())).detach().requires_grad_("s" in grads)
         t = (teacher_view or view)(self.put(teacher.detach())).detach().requires_grad_("t" in grads)
         value = self.call(loss, s, t, **options)
@@ -497,7 +512,8 @@ def check(
     )
     inputs = (student, teacher)
     check_loss(got.loss, truth, inputs, allow=allow[0])
-    # a 16-bit gradient computed in the forward is rounded once there and once more by a grad_output that is not a power of two
+    # a 16-bit gradient computed in the forward is rounded once there and once more by a grad_output that is not a power
+    # of two
     fused = grads == "s" and options.get("reduction") != "none" and student.dtype == BF16
     twice = 2 if fused and math.frexp(abs(float(torch.as_tensor(grad_output).max())))[0] != 0.5 else 1
     if "s" in grads:
@@ -513,7 +529,8 @@ def check(
 
 
 def places() -> list[Where]:
-    """Every (device, backend) pair there is.  Under a GPU emulator PyTorch's own CUDA kernels do not run, hence no "reference" there."""
+    """Every (device, backend) pair there is.  Under a GPU emulator PyTorch's own CUDA kernels do not run, hence no
+    "reference" there."""
     found = [Where("cpu", "cpp"), Where("cpu", "reference")]
     if torch.cuda.is_available():
         import kdfast
@@ -530,7 +547,8 @@ def places() -> list[Where]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------------ memory
+# ------------------------------------------------------------------------------------------------------------------
+# memory
 
 
 def _status(field: str) -> int:
@@ -544,8 +562,8 @@ def resident_memory() -> int:
 
 
 def peak_memory(call: Callable[[], Any]) -> int:
-    """Bytes that ``call`` needed at its worst moment beyond what was resident before it (Linux; buffers of 32 MiB and more are mapped
-    afresh and returned at once by the C library, so they show up here whole)."""
+    """Bytes that ``call`` needed at its worst moment beyond what was resident before it (Linux; buffers of 32 MiB and
+    more are mapped afresh and returned at once by the C library, so they show up here whole)."""
     call()  # thread pools, workspaces
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")  # sets the high-water mark to what is resident now

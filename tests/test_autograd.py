@@ -41,18 +41,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
 reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
-backends = pytest.mark.parametrize(
-    "backend", ["cpp", "reference"]
-)  # transforms are a CPU matter: torch's own kernels do the rest
-PADDED = {
+# Transforms are a CPU matter: torch's own kernels do most of the work.
+backends = pytest.mark.parametrize("backend", ["cpp", "reference"])
+EXTRAS: dict[str, dict[str, Any]] = {
     "none": {},
     "weights": {"row_weight": torch.tensor([0.5, 0.0, 2.0])},
     "mask": {"row_weight": torch.tensor([True, False, True])},
-}
-EXTRAS: dict[str, dict[str, Any]] = PADDED | {
     "denominator": {"denominator": torch.tensor(3.0)},
     "num_classes": {"num_classes": 3},
 }
+extras = pytest.mark.parametrize(  # with one value a row there is no divisor to replace
+    "reduction, extra", [(r, e) for r in REDUCTIONS for e in EXTRAS if (r, e) != ("none", "denominator")]
+)
 
 
 def pair(shape: tuple[int, ...] = (3, 5), grad: bool = True, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor]:
@@ -86,30 +86,26 @@ def same(got: Any, want: Any, rtol: float = 1e-11) -> None:
         assert error <= rtol * norm, f"relative error {error / norm:.2e}"
 
 
-# ---------------------------------------------------------------------------------------------------- gradcheck, gradgradcheck
+# ---------------------------------------------------------------------------------------------------- gradcheck,
+# gradgradcheck
 
 
-@pytest.mark.parametrize("extra", EXTRAS)
-@reductions
+@extras
 @variants
 @backends
 def test_gradcheck(backend: str, variant: str, reduction: str, extra: str) -> None:
     """Student and teacher together (recomputed), then each alone (the student's: written during the forward)."""
-    if reduction == "none" and extra == "denominator":
-        return  # nothing is divided (test_errors or test_semantics say what that means)
     f = ours(variant, backend, reduction=reduction, **EXTRAS[extra])
     s, t = pair()
+    same(f(s, t), theirs(variant, reduction=reduction, **EXTRAS[extra])(s, t))
     assert gradcheck(f, (s, t), check_forward_ad=True)
     assert gradcheck(f, (s, t.detach())) and gradcheck(f, (s.detach(), t))
 
 
-@pytest.mark.parametrize("extra", EXTRAS)
-@reductions
+@extras
 @variants
 @backends
 def test_gradgradcheck(backend: str, variant: str, reduction: str, extra: str) -> None:
-    if reduction == "none" and extra == "denominator":
-        return
     f = ours(variant, backend, reduction=reduction, **EXTRAS[extra])
     s, t = pair()
     assert gradgradcheck(f, (s, t))
@@ -181,7 +177,8 @@ def test_third_derivative() -> None:
     same(third(ours("kl")), third(theirs("kl")))
 
 
-# ----------------------------------------------------------------------------------------------------------- forward mode, func
+# ----------------------------------------------------------------------------------------------------------- forward
+# mode, func
 
 
 @reductions
@@ -289,12 +286,14 @@ def test_batched_gradients(backend: str, variant: str) -> None:
         try:
             got = batched(ours(variant, backend, **options))
         except RuntimeError as error:
-            assert "vmap" in str(error) or "batched" in str(error), error
+            if "vmap" not in str(error) and "batched" not in str(error):
+                raise
         else:
             same(got, want)
 
 
-# ---------------------------------------------------------------------------------------------- compile, checkpoint, autocast
+# ---------------------------------------------------------------------------------------------- compile, checkpoint,
+# autocast
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -323,7 +322,8 @@ def test_compile_aot_eager(variant: str, reduction: str, grads: str) -> None:
 
 
 def test_compile_inductor_training_step() -> None:
-    """A layer, the loss, the backward, static and dynamic; kdfast's operators are in the graph (not traced into eager pieces)."""
+    """A layer, the loss, the backward, static and dynamic; kdfast's operators are in the graph (not traced into eager
+    pieces)."""
     torch._dynamo.reset()
     seen: list[str] = []
 
@@ -463,7 +463,7 @@ def test_multithreaded_backward() -> None:
                 s.requires_grad_()
                 kdfast.kl_div_tau(s, t, tau=4.0, reduction="sum").backward()
                 check_grad(s.grad, oracle("kl_div_tau", s, t, 4.0, reduction="sum").student, s, (s, t))
-        except BaseException as error:  # noqa: BLE001: a thread's failure must reach the test
+        except BaseException as error:
             errors.append(error)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
@@ -479,7 +479,8 @@ def test_deterministic_algorithms_mode() -> None:
     torch.use_deterministic_algorithms(True)
     try:
         for loss in ("kl_div_tau", "logit_mse"):
-            getattr(kdfast, loss)(s, t).backward()
+            (g,) = torch.autograd.grad(getattr(kdfast, loss)(s, t), s)
+            check_grad(g, oracle(loss, s, t).student, s, (s, t))
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -493,7 +494,8 @@ def test_hooks_and_anomaly_mode() -> None:
     same(calls[0], torch.autograd.grad(theirs("kl", tau=1.0)(s, t), s)[0])
 
 
-# ------------------------------------------------------------------------------------------------------------------- opcheck
+# -------------------------------------------------------------------------------------------------------------------
+# opcheck
 
 
 def registered_operators() -> list[str]:
@@ -552,7 +554,8 @@ def test_opcheck(name: str) -> None:
 
 
 def test_operators_do_not_drop_a_gradient_in_silence() -> None:
-    """A private operator called directly on tensors that require grad: torch warns (or raises) when its derivative is asked for."""
+    """A private operator called directly on tensors that require grad: torch warns (or raises) when its derivative is
+    asked for."""
     s, t = pair((4, 7), dtype=F32)
     for name in ("kl_div_tau_forward", "logit_mse_forward"):
         operator = getattr(torch.ops.kdfast, name).default
@@ -563,7 +566,8 @@ def test_operators_do_not_drop_a_gradient_in_silence() -> None:
 
 
 def test_private_torch_names_that_the_guard_uses() -> None:
-    """Dispatch between kernels and reference.py rests on these two; a torch that renames them must fail here, not silently."""
+    """Dispatch between kernels and reference.py rests on these two; a torch that renames them must fail here, not
+    silently."""
     assert torch._C._are_functorch_transforms_active() is False
     assert torch.func.vmap(lambda x: x + torch._C._are_functorch_transforms_active())(torch.zeros(2)).tolist() == [1, 1]
     assert forward_ad._current_level < 0
@@ -572,7 +576,8 @@ def test_private_torch_names_that_the_guard_uses() -> None:
 
 
 def test_kernels_serve_plain_calls() -> None:
-    """The transforms' detour through reference.py must not swallow the ordinary case: the profiler sees our operators there."""
+    """The transforms' detour through reference.py must not swallow the ordinary case: the profiler sees our operators
+    there."""
     s, t = pair((4, 7), dtype=F32)
     for loss in ("kl_div_tau", "logit_mse"):
         for sides, reduction in (((s,), "mean"), ((s, t), "none")):

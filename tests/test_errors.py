@@ -22,7 +22,8 @@ import kdfast
 NAN, INF = math.nan, math.inf
 
 
-def S() -> Tensor:  # noqa: N802: the valid student and teacher of every case below, 4 x 7
+# The valid student and teacher of every case below, 4 x 7.
+def S() -> Tensor:  # noqa: N802
     return logits("typical", (4, 7))[0]
 
 
@@ -182,7 +183,8 @@ def test_a_backend_that_is_not_there_says_how_to_get_it(name: str) -> None:
     assert "triton" in str(caught.value) and "backend" in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------- import and environment
+# ------------------------------------------------------------------------------------------------- import and
+# environment
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:

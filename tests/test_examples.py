@@ -95,8 +95,9 @@ def test_accuracy_oracle_agrees_with_float64_pytorch(load, tau: float):
     torch.testing.assert_close(torch.from_numpy(truth.teacher), to_teacher, rtol=1e-10, atol=1e-14)
 
 
-def test_speed_benchmark(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_speed_benchmark(load, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     speed = benchmark(load, "cpu_speed")
+    monkeypatch.setattr(speed, "MOST_ROUNDS", 2)
     out = tmp_path / "speed.csv"
     arguments = ["--shapes", "3x5", "2x1000", "--dtypes", "float32", "--providers", "eager", "--allocation", "reused"]
     arguments += ["--rounds", "1", "--csv", str(out)]

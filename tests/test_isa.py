@@ -1,7 +1,7 @@
 """Every instruction set this machine has: the accuracy and semantics tests again, each in a process of its own.
 
-KDFAST_CPU_ISA is read once, at the first call.  The set chosen by default is what the rest of the suite has tested; the others
-run the tests that depend on the kernels' text, with the float types their vectors differ in.
+KDFAST_CPU_ISA is read once, at the first call.  The set chosen by default is what the rest of the suite has tested; the
+others run the tests that depend on the kernels' text, with the float types their vectors differ in.
 """
 
 from __future__ import annotations
@@ -20,8 +20,13 @@ INFO = _C.build_info()
 SELECTED = {
     # whole tables: all widths (tails of every vector length), temperatures and regimes
     "test_accuracy.py": "cpp and not fp32-bf16 and not fp64",
-    # the paths with masks, strides and odd values; no process-wide tests (memory, threads), they do not depend on the set
-    "test_semantics.py": "cpp and (minus_inf or nan or num_classes or strided or weight_zero or grad_output or inplace or dtypes)",
+    # the paths with masks, strides and odd values; no process-wide tests (memory, threads), they do not depend on the
+    # set
+    "test_semantics.py": "cpp and ("
+    + " or ".join(
+        ("minus_inf", "nan", "num_classes", "strided", "weight_zero", "grad_output", "inplace_backward_writes", "dtypes")
+    )
+    + ")",
 }
 
 

@@ -16,7 +16,8 @@ FLOOR = mp.mpf(10) ** -40  # what the differences leave of a gradient that is ex
 
 
 def definition(loss: str, s: list[Any], t: list[Any], tau: Any, teacher_tau: Any, center: bool) -> Any:
-    """One row. KL: sum p log(p/q) * tau**2; MSE: sum (s - t)**2. exp(-inf) = 0 and 0 log 0 = 0 are all that -inf needs."""
+    """One row. KL: sum p log(p/q) * tau**2; MSE: sum (s - t)**2. exp(-inf) = 0 and 0 log 0 = 0 are all that -inf
+    needs."""
     if loss == "logit_mse":
         d = [a - b for a, b in zip(s, t, strict=True)]
         mean = mp.fsum(d) / len(d) if center else mp.mpf(0)

@@ -130,8 +130,8 @@ def judge(where: Where, p: Problem) -> None:
     if p.options["reduction"] == "none":
         up = p.grad_output * torch.tensor(np.random.default_rng(p.seed).integers(1, 5, lead) / 4.0)
     truth = oracle(p.loss, s, t, grad_output=up, **p.options)
-    # one small batch may hold nothing but rows that float32 cannot resolve (a KL of 1e-30 at tau = 0.05, two classes whose
-    # differences cancel): there, twice the float32 eager error is as good as the design asks for
+    # one small batch may hold nothing but rows that float32 cannot resolve (a KL of 1e-30 at tau = 0.05, two classes
+    # whose differences cancel): there, twice the float32 eager error is as good as the design asks for
     try:
         theirs = eager_errors(p.loss, s, t, truth, grad_output=up, **p.options) if np.isfinite(truth.loss).all() else (0, 0, 0)
     except (RuntimeError, FloatingPointError):

@@ -21,8 +21,7 @@ struct KlTemperatures {
   }
 };
 
-// One row: its KlStat numbers, and the constants of w, v and x as one multiply-add each. Their rounding multiplies all of a row's w,
-// or v, by one factor, or shifts all of its x, which `rest` takes into account; p, q and x - m do not see it.
+// One row: its logits and its KlStat numbers.
 template <class F, class V, class S, class T>
 struct KlRow {
   static constexpr F inf = F(__builtin_inf());
@@ -33,18 +32,11 @@ struct KlRow {
   const T* teacher = nullptr;
   int64_t classes = 0;
   F stat[KlStat::count] = {};
-  F student_bias = 0, teacher_bias = 0, x_bias = 0;
   F rest = 0;  // of the plain form
 
   KlRow() = default;
   KlRow(const KlTemperatures<F>& temperatures, const S* s, const T* t, int64_t n)
       : k(temperatures), student(s), teacher(t), classes(n) {}
-
-  void set_biases() {
-    student_bias = -stat[KlStat::s_max] * k.student_log2;
-    teacher_bias = -stat[KlStat::t_max] * k.teacher_log2;
-    x_bias = -stat[KlStat::centre] * k.inv_tau;
-  }
 
   template <class Lanes>
   KDFAST_INLINE V student_logits(int64_t i, Lanes lanes) const {
@@ -55,41 +47,38 @@ struct KlRow {
     return load<V>(teacher + i, lanes, -inf);
   }
   KDFAST_INLINE V teacher_weight(V t) const {  // w; exactly 0 for a class at -inf and only there
-    const V w = exp2_nonpositive<false>(t * k.teacher_log2 + teacher_bias);
+    const V w = exp2_nonpositive<false>((t - stat[KlStat::t_max]) * k.teacher_log2);
     return t == -inf ? V{} : w;
   }
   KDFAST_INLINE V student_weight(V s) const {  // v
-    return exp2_nonpositive<true>(s * k.student_log2 + student_bias);
+    return exp2_nonpositive<true>((s - stat[KlStat::s_max]) * k.student_log2);
   }
   KDFAST_INLINE V difference(V s, V t) const {  // x
     if constexpr (!kSixteenBits) s -= stat[KlStat::offset];
-    return (s - k.ratio * t) * k.inv_tau + x_bias;
+    return ((s - k.ratio * t) - stat[KlStat::centre]) * k.inv_tau;
   }
 
   // The pass for the maxima, and what follows from them.
   void find_reference() {
-    V s_max = splat<V>(-inf), t_max = s_max, s_at_t_max = s_max;
+    V s_max = splat<V>(-inf), t_max = s_max, s_at_t_max = s_max, size{};
     for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
       const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
       s_at_t_max = t > t_max ? s : s_at_t_max;
       t_max = vmax(t, t_max);
       s_max = vmax(s, s_max);
+      if constexpr (!kSixteenBits) size = vmax(finite_magnitude(s), size);
     });
     const F s_top = largest(s_max), t_j = largest(t_max);
     F s_j = largest(t_max == t_j ? s_at_t_max : splat<V>(-inf));
     if (s_j == -inf) s_j = k.ratio * t_j;  // the loss is infinite (the teacher has mass there): any finite reference will show it
-    const F size = math::larger_magnitude(math::larger_magnitude(s_top, s_j), t_j);
     // Differences of sixteen-bit logits are exact without an offset.
-    const F offset = kSixteenBits ? F(0) : math::row_offset(s_j - k.ratio * t_j, size);
+    const F offset = kSixteenBits ? F(0) : math::row_offset(s_j - k.ratio * t_j, largest(size));
     const F centre = (s_j - offset) - k.ratio * t_j;
     stat[KlStat::t_max] = t_j;
     stat[KlStat::s_max] = s_top;
     stat[KlStat::offset] = offset;
     stat[KlStat::centre] = centre;
-    set_biases();
-    constexpr F kLn2 = F(0.6931471805599453);
-    const F w_bias = t_j * k.teacher_log2 + teacher_bias, v_bias = s_top * k.student_log2 + student_bias;
-    rest = (s_top - s_j) * k.inv_tau + (w_bias - v_bias) * kLn2 + (centre * k.inv_tau + x_bias);
+    rest = (s_top - s_j) * k.inv_tau;
   }
 
   // The pass for the sums. Leaves w and v in scratch rows where `keep`, and fetches another row.
@@ -267,7 +256,6 @@ struct KlDivTau {
     for (int64_t r = begin; r < end; ++r) {
       Row row(temperatures, row_of<S>(args.student, r), row_of<T>(args.teacher, r), args.classes);
       __builtin_memcpy(row.stat, static_cast<const F*>(args.row_stats) + r * KlStat::count, sizeof row.stat);
-      row.set_biases();
       gradients<for_student, for_teacher>(args, r, args.weight.at(r, F(1)), row, Recomputed{row});
     }
   }

@@ -9,96 +9,98 @@ struct LogitMse {
   using V = typename VecOf<F>::type;
   static constexpr F inf = F(__builtin_inf());
 
-  // d, and 0 for a class at -inf on both sides.
-  template <class Lanes>
-  KDFAST_INLINE static V difference(const S* student, const T* teacher, int64_t i, Lanes lanes) {
-    const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf);
-    return counts(s, t) ? s - t : V{};
-  }
+  // Whether a class takes part: not where both sides are at -inf.
   KDFAST_INLINE static IntOf<V> counts(V s, V t) { return (s != -inf) | (t != -inf); }
 
-  // The row's mean difference: the first difference, then the mean of what is left, then once more around that, so that rows far
-  // apart lose no digits.
+  // The row's mean difference, and the offset that its logits are read with (kl_math.h): the mean, then the mean of what is left.
   static void mean_difference(const S* student, const T* teacher, int64_t classes, F* stat) {
-    F first = 0, mean = 0, count = 0;
+    F offset = 0, mean = 0, count = 0;
     for (int pass = 0; pass < 2; ++pass) {
-      V total{};
+      V total{}, size{};
       IntOf<V> counted{};
-      const F around = pass == 0 ? first : mean;
       for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
         const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf);
         const auto in = counts(s, t);
-        total += in ? (s - t) - around : V{};
+        const V left_or_nan = ((s - offset) - t) - mean;
+        total += in ? left_or_nan : V{};
         counted -= in;
+        size = vmax(finite_magnitude(s), size);
       });
       count = 0;
       for (int lane = 0; lane < kLanes<V>; ++lane) count += F(counted[lane]);
-      mean = around + sum(total) / (count > 0 ? count : 1);
+      const F left = sum(total) / (count > 0 ? count : 1);
+      if (pass == 0) offset = math::row_offset(left, largest(size));
+      mean = pass == 0 ? left - offset : mean + left;
     }
+    stat[MseStat::offset] = offset;
     stat[MseStat::mean] = mean;
     stat[MseStat::inv_classes] = 1 / count;  // a row with no class left is NaN in the tau -> infinity limit, as at any tau
   }
 
-  static void gradients(const LogitMseArgs& args, int64_t r, F weight, const F* stat) {
+  // The pass over a row's differences: writes the gradients that are wanted, and returns the sum of squares.
+  template <bool for_student, bool for_teacher>
+  static F pass(const LogitMseArgs& args, int64_t r, F weight, const F* stat) {
     const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
     const GradientRow<T> grad_teacher(args.grad_teacher, args.rows, r, args.student.data);
     if (weight == 0) {
       grad_student.zero(0);
       grad_teacher.zero(0);
-      return;
+      return 0;
     }
     const F factor = 2 * args.grad_loss.at(r, F(1)) * F(args.grad_scale) * weight * row_scale(args, stat);
-    const F mean = stat[MseStat::mean];
+    const F mean = stat[MseStat::mean], offset = stat[MseStat::offset];
     const S* student = row_of<S>(args.student, r);
     const T* teacher = row_of<T>(args.teacher, r);
-    const int64_t head = grad_student ? grad_student.template head<V>() : grad_teacher.template head<V>();
+    const int64_t head = for_student ? grad_student.template head<V>() : grad_teacher.template head<V>();
+    V total{};
     for_each_vector<V>(args.classes, head, [&](int64_t i, auto lanes) {
       const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf);
-      const V g = counts(s, t) ? ((s - t) - mean) * factor : V{};
-      if (grad_student) grad_student.put(i, g, lanes);
-      if (grad_teacher) grad_teacher.put(i, -g, lanes);
+      const V difference_or_nan = ((s - offset) - t) - mean;
+      const V d = counts(s, t) ? difference_or_nan : V{};
+      total += d * d;
+      if constexpr (for_student) grad_student.put(i, d * factor, lanes);
+      if constexpr (for_teacher) grad_teacher.put(i, d * -factor, lanes);
     });
     grad_student.zero(args.classes);
     grad_teacher.zero(args.classes);
+    return sum(total);
   }
 
   static F row_scale(const LogitMseArgs& args, const F* stat) {
     return F(args.scale) * (args.per_class ? stat[MseStat::inv_classes] : F(1));
   }
 
+  template <bool gradient>
+  static void forward(const LogitMseArgs& args, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      F stat[MseStat::count] = {};
+      const F weight = args.weight.at(r, F(1));
+      if (args.center && weight != 0)
+        mean_difference(row_of<S>(args.student, r), row_of<T>(args.teacher, r), args.classes, stat);
+      const F squares = pass<gradient, false>(args, r, weight, stat);
+      static_cast<F*>(args.row_loss)[r] = weight != 0 ? squares * row_scale(args, stat) * weight : 0;
+      copy_numbers(args.row_stats, r * MseStat::count, stat, MseStat::count);
+    }
+  }
+
+  template <bool for_student, bool for_teacher>
+  static void backward(const LogitMseArgs& args, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      F stat[MseStat::count] = {};
+      if (args.row_stats) __builtin_memcpy(stat, static_cast<const F*>(args.row_stats) + r * MseStat::count, sizeof stat);
+      pass<for_student, for_teacher>(args, r, args.weight.at(r, F(1)), stat);
+    }
+  }
+
   struct Forward {
     static void run(const LogitMseArgs& args, int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        F stat[MseStat::count] = {};
-        const F weight = args.weight.at(r, F(1));
-        F loss = 0;
-        if (weight != 0) {
-          const S* student = row_of<S>(args.student, r);
-          const T* teacher = row_of<T>(args.teacher, r);
-          if (args.center) mean_difference(student, teacher, args.classes, stat);
-          const F mean = stat[MseStat::mean];
-          V total{};
-          for_each_vector<V>(args.classes, 0, [&](int64_t i, auto lanes) {
-            const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf);
-            const V d = counts(s, t) ? (s - t) - mean : V{};
-            total += d * d;
-          });
-          loss = sum(total) * row_scale(args, stat) * weight;
-        }
-        static_cast<F*>(args.row_loss)[r] = loss;
-        copy_numbers(args.row_stats, r * MseStat::count, stat, MseStat::count);
-        if (args.grad_student.data || args.grad_teacher.data) gradients(args, r, weight, stat);
-      }
+      args.grad_student.data ? forward<true>(args, begin, end) : forward<false>(args, begin, end);
     }
   };
-
   struct Backward {
     static void run(const LogitMseArgs& args, int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        F stat[MseStat::count] = {};
-        if (args.row_stats) __builtin_memcpy(stat, static_cast<const F*>(args.row_stats) + r * MseStat::count, sizeof stat);
-        gradients(args, r, args.weight.at(r, F(1)), stat);
-      }
+      if (!args.grad_teacher.data) return backward<true, false>(args, begin, end);
+      args.grad_student.data ? backward<true, true>(args, begin, end) : backward<false, true>(args, begin, end);
     }
   };
 };

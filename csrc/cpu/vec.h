@@ -70,19 +70,11 @@ KDFAST_INLINE V vmax(V a, V b) {
   return a > b ? a : b;
 #endif
 }
-template <class Mask>
-KDFAST_INLINE bool any(Mask mask) {
-#if defined(KDFAST_AVX512)
-  return _mm512_movepi32_mask((__m512i)mask) != 0;  // the sign bits of one half of a 64-bit lane are those of the other
-#elif defined(KDFAST_AVX2)
-  return _mm256_movemask_epi8((__m256i)mask) != 0;
-#else
-  typedef int64_t Words __attribute__((vector_size(KDFAST_VECTOR_BYTES)));
-  const Words w = (Words)mask;
-  int64_t all = 0;
-  for (unsigned i = 0; i < sizeof(w) / 8; ++i) all |= w[i];
-  return all != 0;
-#endif
+// |x|, and 0 for an infinity or NaN.
+template <class V>
+KDFAST_INLINE V finite_magnitude(V x) {
+  const V magnitude = (V)((IntOf<V>)x & ~(IntOf<V>)splat<V>(ScalarOf<V>(-0.0)));
+  return magnitude < ScalarOf<V>(__builtin_inf()) ? magnitude : V{};
 }
 // Lane i with lane i + n / 2, then the same for the lower half: always in the same order.
 template <class V, class Op>
