@@ -1,4 +1,5 @@
-// Raw-pointer interface of every kernel, shared by the CPU and the CUDA side. No torch header is included here or in any kernel.
+// Raw-pointer interface of every kernel, shared by the CPU and the CUDA side. No torch header is included here or in any
+// kernel.
 #pragma once
 
 #include <stddef.h>
@@ -107,7 +108,7 @@ struct KlDivTauArgs {
   int64_t rows = 0, classes = 0;
   double tau = 1, teacher_tau = 1;
   double scale = 1;  // tau * tau or 1
-  Numbers weight;  // data == nullptr: all ones. A row of weight 0 is not read.
+  Numbers weight;    // data == nullptr: all ones. A row of weight 0 is not read.
 
   // Forward. row_loss[r] = weight * scale * KL; row_stats[r * kKlStats ...] as KlStats lists them. Both of type F.
   void* row_loss = nullptr;
@@ -158,15 +159,16 @@ bool isa_available(const char* name);
 
 namespace cuda {
 
-// What a call needs beside its arguments. Everything is read and written on the device, in the order of the stream; the host never
-// waits, and a call can be captured in a CUDA graph. An error of a launch is thrown as std::runtime_error, with its sizes.
+// What a call needs beside its arguments. Everything is read and written on the device, in the order of the stream; the host
+// never waits, and a call can be captured in a CUDA graph. An error of a launch is thrown as std::runtime_error, with its
+// sizes.
 struct Call {
   void* stream = nullptr;     // cudaStream_t
   void* workspace = nullptr;  // workspace_bytes() bytes, 16-byte aligned
   void* loss = nullptr;       // the sum of the row losses over the divisor, of type F; nullptr: args.row_loss is what is wanted
 
   // The divisor of the loss and of every gradient (beside args.grad_scale).
-  Numbers divisor;           // one number in device memory; data == nullptr: `number`
+  Numbers divisor;  // one number in device memory; data == nullptr: `number`
   double number = 1;
   double times_weights = 0;  // not 0: divide by this times the sum of the row weights too, where that is not 0
 };

@@ -30,7 +30,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// ---- tensors to raw pointers -------------------------------------------------------------------------------------------------
+// ---- tensors to raw pointers
+// -------------------------------------------------------------------------------------------------
 
 DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -107,7 +108,8 @@ Numbers numbers_of(const OptionalTensor& tensor, int64_t rows, const char* name)
   const auto strides = tensor->strides();
   const bool one = tensor->numel() == 1 || std::all_of(strides.begin(), strides.end(), [](int64_t s) { return s == 0; });
   numbers.stride = one ? 0 : 1;
-  STD_TORCH_CHECK(one || (tensor->numel() == rows && tensor->is_contiguous()), "kdfast: ", name, " must be contiguous, one a row");
+  STD_TORCH_CHECK(one || (tensor->numel() == rows && tensor->is_contiguous()), "kdfast: ", name,
+                  " must be contiguous, one a row");
   switch (tensor->scalar_type()) {
     case ScalarType::Double:
       numbers.type = NumberType::f64;
@@ -142,10 +144,9 @@ Tensor empty_like_device(const Tensor& like, const std::vector<int64_t>& sizes, 
   int32_t device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-                               like.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                                                         device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -154,8 +155,8 @@ std::vector<int64_t> sizes_of(const Tensor& tensor) {
   return std::vector<int64_t>(sizes.begin(), sizes.end());
 }
 
-// Fresh memory comes from the system page by page, and for a large gradient that costs more than its arithmetic: huge pages cost an
-// eighth of it. A hint, which the system may ignore.
+// Fresh memory comes from the system page by page, and for a large gradient that costs more than its arithmetic: huge pages
+// cost an eighth of it. A hint, which the system may ignore.
 void advise_huge_pages(const Tensor& tensor) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 4096;
@@ -174,7 +175,8 @@ Tensor new_gradient(const Tensor& input, bool wanted) {
   return gradient;
 }
 
-// ---- what every loss's operators share -----------------------------------------------------------------------------------------
+// ---- what every loss's operators share
+// -----------------------------------------------------------------------------------------
 
 struct Options {
   const OptionalTensor& row_weight;
@@ -191,7 +193,8 @@ Args make_args(Tensor& student, Tensor& teacher, const Options& options, int64_t
   for (int64_t d = 0; d < last; ++d)
     STD_TORCH_CHECK(student.size(d) == teacher.size(d), "kdfast: student and teacher must have the same leading dimensions");
   const int64_t classes = num_classes < 0 ? student.size(last) : num_classes;
-  STD_TORCH_CHECK(classes <= student.size(last) && classes <= teacher.size(last), "kdfast: num_classes exceeds the logits' width");
+  STD_TORCH_CHECK(classes <= student.size(last) && classes <= teacher.size(last),
+                  "kdfast: num_classes exceeds the logits' width");
   STD_TORCH_CHECK((student.stride(last) == 1 && teacher.stride(last) == 1) || classes <= 1,
                   "kdfast: the class dimension must have stride 1");
   STD_TORCH_CHECK(int(options.reduction) >= 0 && int(options.reduction) <= 3, "kdfast: unknown reduction");
@@ -373,7 +376,8 @@ struct Ops {
   }
 
   static void backward_into(const Loss& loss, const Tensor& grad_loss, Tensor student, Tensor teacher, const Tensor& stats,
-                            const Options& options, int64_t num_classes, const Tensor* grad_student, const Tensor* grad_teacher) {
+                            const Options& options, int64_t num_classes, const Tensor* grad_student,
+                            const Tensor* grad_teacher) {
     Args args = make_args<Args>(student, teacher, options, num_classes);
     loss.fill(args);
     STD_TORCH_CHECK(stats.scalar_type() == accumulate_type(student, teacher) && stats.is_contiguous() &&
@@ -388,9 +392,9 @@ struct Ops {
     device.template backward<Loss>(args, student);
   }
 
-  static std::tuple<Tensor, Tensor> backward(const Loss& loss, const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
-                                             const Tensor& stats, const Options& options, int64_t num_classes, bool for_student,
-                                             bool for_teacher) {
+  static std::tuple<Tensor, Tensor> backward(const Loss& loss, const Tensor& grad_loss, const Tensor& student,
+                                             const Tensor& teacher, const Tensor& stats, const Options& options,
+                                             int64_t num_classes, bool for_student, bool for_teacher) {
     Tensor grad_student = new_gradient(student, for_student), grad_teacher = new_gradient(teacher, for_teacher);
     backward_into(loss, grad_loss, student, teacher, stats, options, num_classes, for_student ? &grad_student : nullptr,
                   for_teacher ? &grad_teacher : nullptr);
@@ -400,12 +404,14 @@ struct Ops {
   static Tensor backward_inplace(const Loss& loss, const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
                                  const Tensor& stats, const Options& options, int64_t num_classes, bool for_teacher) {
     Tensor grad_teacher = new_gradient(teacher, for_teacher);
-    backward_into(loss, grad_loss, student, teacher, stats, options, num_classes, &student, for_teacher ? &grad_teacher : nullptr);
+    backward_into(loss, grad_loss, student, teacher, stats, options, num_classes, &student,
+                  for_teacher ? &grad_teacher : nullptr);
     return grad_teacher;
   }
 };
 
-// ---- kl_div_tau ----------------------------------------------------------------------------------------------------------------
+// ---- kl_div_tau
+// ----------------------------------------------------------------------------------------------------------------
 
 struct KlDivTau {
   using Args = KlDivTauArgs;
@@ -428,7 +434,8 @@ struct KlDivTau {
   static double per_row(const Args&) { return 1; }
 };
 
-// ---- logit_mse -----------------------------------------------------------------------------------------------------------------
+// ---- logit_mse
+// -----------------------------------------------------------------------------------------------------------------
 
 struct LogitMse {
   using Args = LogitMseArgs;
@@ -451,17 +458,18 @@ struct LogitMse {
   double per_row(const Args& args) const { return tau_limit ? 1 : double(args.classes); }
 };
 
-// ---- operators -----------------------------------------------------------------------------------------------------------------
+// ---- operators
+// -----------------------------------------------------------------------------------------------------------------
 //
 // Every loss has four:
 //   X_forward           -> (loss, row_stats)       the loss, reduced; what the backward needs to know of each row
-//   X_forward_grad      -> (loss, grad_student)    the same and the student's gradient for grad_loss = 1, from one read of the logits
-//   X_backward          -> (grad_student, grad_teacher)    each an empty tensor where it is not wanted
+//   X_forward_grad      -> (loss, grad_student)    the same and the student's gradient for grad_loss = 1, from one read of the
+//   logits X_backward          -> (grad_student, grad_teacher)    each an empty tensor where it is not wanted
 //   X_backward_inplace  -> grad_teacher            the student's gradient overwrites its logits
-// `row_weight` one number a row; `denominator` (a tensor) or `divisor` (a number) replaces the reduction's own divisor; `reduction`
-// as kernels.h numbers it; `num_classes` -1: all columns.
+// `row_weight` one number a row; `denominator` (a tensor) or `divisor` (a number) replaces the reduction's own divisor;
+// `reduction` as kernels.h numbers it; `num_classes` -1: all columns.
 
-#define KDFAST_COMMON                                                                                                     \
+#define KDFAST_COMMON                                                                                                    \
   const OptionalTensor &row_weight, const OptionalTensor &denominator, std::optional<double> divisor, int64_t reduction, \
       int64_t num_classes
 #define KDFAST_OPTIONS Options{row_weight, denominator, divisor, Reduction(reduction)}, num_classes
@@ -469,31 +477,33 @@ struct LogitMse {
 
 // The four functions of one loss. PARAMETERS: the loss's own, in parentheses; VALUES: the Loss made of them.
 #define KDFAST_UNWRAP(...) __VA_ARGS__
-#define KDFAST_LOSS(NAME, LOSS, PARAMETERS, VALUES)                                                                                 \
-  template <class Device> \
-  std::tuple<Tensor, Tensor> NAME##_forward(const Tensor& student, const Tensor& teacher, KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS) { \
-    return Ops<LOSS, Device>::forward(LOSS{KDFAST_UNWRAP VALUES}, student, teacher, KDFAST_OPTIONS);                                     \
-  }                                                                                                                                 \
-  template <class Device> \
-  std::tuple<Tensor, Tensor> NAME##_forward_grad(const Tensor& student, const Tensor& teacher, KDFAST_COMMON,                       \
-                                                 KDFAST_UNWRAP PARAMETERS) {                                                        \
-    return Ops<LOSS, Device>::forward_grad(LOSS{KDFAST_UNWRAP VALUES}, student, teacher, KDFAST_OPTIONS);                                \
-  }                                                                                                                                 \
-  template <class Device> \
-  std::tuple<Tensor, Tensor> NAME##_backward(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,                 \
-                                             const Tensor& row_stats, KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS, bool for_student,    \
-                                             bool for_teacher) {                                                                    \
-    return Ops<LOSS, Device>::backward(LOSS{KDFAST_UNWRAP VALUES}, grad_loss, student, teacher, row_stats, KDFAST_OPTIONS, for_student,  \
-                                  for_teacher);                                                                                     \
-  }                                                                                                                                 \
-  template <class Device> \
-  Tensor NAME##_backward_inplace(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher, const Tensor& row_stats,    \
-                                 KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS, bool for_teacher) {                                       \
-    return Ops<LOSS, Device>::backward_inplace(LOSS{KDFAST_UNWRAP VALUES}, grad_loss, student, teacher, row_stats, KDFAST_OPTIONS,       \
-                                          for_teacher);                                                                             \
+#define KDFAST_LOSS(NAME, LOSS, PARAMETERS, VALUES)                                                                        \
+  template <class Device>                                                                                                  \
+  std::tuple<Tensor, Tensor> NAME##_forward(const Tensor& student, const Tensor& teacher, KDFAST_COMMON,                   \
+                                            KDFAST_UNWRAP PARAMETERS) {                                                    \
+    return Ops<LOSS, Device>::forward(LOSS{KDFAST_UNWRAP VALUES}, student, teacher, KDFAST_OPTIONS);                       \
+  }                                                                                                                        \
+  template <class Device>                                                                                                  \
+  std::tuple<Tensor, Tensor> NAME##_forward_grad(const Tensor& student, const Tensor& teacher, KDFAST_COMMON,              \
+                                                 KDFAST_UNWRAP PARAMETERS) {                                               \
+    return Ops<LOSS, Device>::forward_grad(LOSS{KDFAST_UNWRAP VALUES}, student, teacher, KDFAST_OPTIONS);                  \
+  }                                                                                                                        \
+  template <class Device>                                                                                                  \
+  std::tuple<Tensor, Tensor> NAME##_backward(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,        \
+                                             const Tensor& row_stats, KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS,             \
+                                             bool for_student, bool for_teacher) {                                         \
+    return Ops<LOSS, Device>::backward(LOSS{KDFAST_UNWRAP VALUES}, grad_loss, student, teacher, row_stats, KDFAST_OPTIONS, \
+                                       for_student, for_teacher);                                                          \
+  }                                                                                                                        \
+  template <class Device>                                                                                                  \
+  Tensor NAME##_backward_inplace(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,                    \
+                                 const Tensor& row_stats, KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS, bool for_teacher) {     \
+    return Ops<LOSS, Device>::backward_inplace(LOSS{KDFAST_UNWRAP VALUES}, grad_loss, student, teacher, row_stats,         \
+                                               KDFAST_OPTIONS, for_teacher);                                               \
   }
 
-KDFAST_LOSS(kl_div_tau, KlDivTau, (double tau, double teacher_tau, bool scale_by_tau_squared), (tau, teacher_tau, scale_by_tau_squared))
+KDFAST_LOSS(kl_div_tau, KlDivTau, (double tau, double teacher_tau, bool scale_by_tau_squared),
+            (tau, teacher_tau, scale_by_tau_squared))
 KDFAST_LOSS(logit_mse, LogitMse, (bool center, bool tau_limit), (center, tau_limit))
 
 template <class Device>
@@ -515,23 +525,25 @@ void scale_gradient_inplace(const Tensor& gradient, const Tensor& grad_loss) {
 }  // namespace
 }  // namespace kdfast
 
-#define KDFAST_SCHEMAS(NAME, PARAMETERS)                                                                                           \
-  library.def(NAME "_forward(Tensor student, Tensor teacher, " KDFAST_COMMON_SCHEMA ", " PARAMETERS ") -> (Tensor, Tensor)");      \
-  library.def(NAME "_forward_grad(Tensor student, Tensor teacher, " KDFAST_COMMON_SCHEMA ", " PARAMETERS ") -> (Tensor, Tensor)"); \
-  library.def(NAME "_backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor row_stats, " KDFAST_COMMON_SCHEMA           \
-                   ", " PARAMETERS ", bool for_student, bool for_teacher) -> (Tensor, Tensor)");                                   \
-  library.def(NAME "_backward_inplace(Tensor grad_loss, Tensor(a!) student, Tensor teacher, Tensor row_stats, "                    \
-                   KDFAST_COMMON_SCHEMA ", " PARAMETERS ", bool for_teacher) -> Tensor");
+#define KDFAST_SCHEMAS(NAME, PARAMETERS)                                                                                      \
+  library.def(NAME "_forward(Tensor student, Tensor teacher, " KDFAST_COMMON_SCHEMA ", " PARAMETERS ") -> (Tensor, Tensor)"); \
+  library.def(NAME "_forward_grad(Tensor student, Tensor teacher, " KDFAST_COMMON_SCHEMA ", " PARAMETERS                      \
+                   ") -> (Tensor, Tensor)");                                                                                  \
+  library.def(NAME "_backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor row_stats, " KDFAST_COMMON_SCHEMA      \
+                   ", " PARAMETERS ", bool for_student, bool for_teacher) -> (Tensor, Tensor)");                              \
+  library.def(                                                                                                                \
+      NAME "_backward_inplace(Tensor grad_loss, Tensor(a!) student, Tensor teacher, Tensor row_stats, " KDFAST_COMMON_SCHEMA  \
+           ", " PARAMETERS ", bool for_teacher) -> Tensor");
 
-#define KDFAST_REGISTER_LOSS(NAME, DEVICE)                                                    \
+#define KDFAST_REGISTER_LOSS(NAME, DEVICE)                                                      \
   library.impl(#NAME "_forward", TORCH_BOX(&kdfast::NAME##_forward<kdfast::DEVICE>));           \
   library.impl(#NAME "_forward_grad", TORCH_BOX(&kdfast::NAME##_forward_grad<kdfast::DEVICE>)); \
   library.impl(#NAME "_backward", TORCH_BOX(&kdfast::NAME##_backward<kdfast::DEVICE>));         \
   library.impl(#NAME "_backward_inplace", TORCH_BOX(&kdfast::NAME##_backward_inplace<kdfast::DEVICE>));
-#define KDFAST_REGISTER(DEVICE)                                                               \
-  KDFAST_REGISTER_LOSS(kl_div_tau, DEVICE)                                                    \
-  KDFAST_REGISTER_LOSS(logit_mse, DEVICE)                                                     \
-  library.impl("scale_gradient", TORCH_BOX(&kdfast::scale_gradient<kdfast::DEVICE>));         \
+#define KDFAST_REGISTER(DEVICE)                                                       \
+  KDFAST_REGISTER_LOSS(kl_div_tau, DEVICE)                                            \
+  KDFAST_REGISTER_LOSS(logit_mse, DEVICE)                                             \
+  library.impl("scale_gradient", TORCH_BOX(&kdfast::scale_gradient<kdfast::DEVICE>)); \
   library.impl("scale_gradient_inplace", TORCH_BOX(&kdfast::scale_gradient_inplace<kdfast::DEVICE>));
 
 STABLE_TORCH_LIBRARY(kdfast, library) {
@@ -541,7 +553,9 @@ STABLE_TORCH_LIBRARY(kdfast, library) {
   library.def("scale_gradient_inplace(Tensor(a!) gradient, Tensor grad_loss) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, library) { KDFAST_REGISTER(OnCpu) }
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, library){KDFAST_REGISTER(OnCpu)}
 #ifdef KDFAST_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, library) { KDFAST_REGISTER(OnCuda) }
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, library) {
+  KDFAST_REGISTER(OnCuda)
+}
 #endif

@@ -1,8 +1,9 @@
 // softmax-KL at temperature tau on CUDA. kl_math.h has the formulas and the names.
 //
-// Forward holds its slice of a row in registers: the student's logits, and for each class w and x, in units of the logits. The sums
-// come first; where the KL is small, a second pass over the registers adds up its stable form around the exact mean, and leaves
-// w expm1(x - m) in the place of x, from which the gradient follows by one multiply-add. Backward reads the logits again.
+// Forward holds its slice of a row in registers: the student's logits, and for each class w and x, in units of the logits. The
+// sums come first; where the KL is small, a second pass over the registers adds up its stable form around the exact mean, and
+// leaves w expm1(x - m) in the place of x, from which the gradient follows by one multiply-add. Backward reads the logits
+// again.
 #include "row_reduce.cuh"
 
 namespace kdfast::cuda {
@@ -26,7 +27,6 @@ struct KlDivTau {
     KlDivTauArgs args;
     float ratio, inv_tau, student_log2, teacher_log2;  // tau / teacher_tau, 1 / tau, log2(e) / tau, log2(e) / teacher_tau
     float loss_scale, student_scale, teacher_scale;    // scale, scale / tau, scale / teacher_tau
-    bool exact;                                        // sixteen bits a logit and one temperature: differences are exact
 
     explicit Parameters(const KlDivTauArgs& args) : args(args) {
       constexpr double log2_e = 1.4426950408889634;
@@ -37,7 +37,6 @@ struct KlDivTau {
       loss_scale = float(args.scale);
       student_scale = float(args.scale / args.tau);
       teacher_scale = float(args.scale / args.teacher_tau);
-      exact = size_of(args.student.dtype) == 2 && size_of(args.teacher.dtype) == 2 && args.tau == args.teacher_tau;
     }
   };
 
@@ -64,14 +63,14 @@ struct KlDivTau {
   };
   struct Shared {
     int s_j;  // ordered as floats are
-    float largest[kMostWarps][2], sums[kMostWarps][3], excess[kMostWarps][1];
+    float largest[kMostWarps][3], sums[kMostWarps][3], excess[kMostWarps][1];
   };
 
   // KL in its plain form; what it is compared with, and what goes into the stable one, must come from here.
   struct Plain {
     float rest, kl;
-    __device__ __forceinline__ Plain(const Parameters& p, const Exponent& w, const Exponent& v, float s0, float z, float s_max, float s_j,
-                                     float mean) {
+    __device__ __forceinline__ Plain(const Parameters& p, const Exponent& w, const Exponent& v, float s0, float z, float s_max,
+                                     float s_j, float mean) {
       const float top = s_max == -INFINITY ? 0.f : s_max;
       rest = (top - s_j) * p.inv_tau + (w.slack - v.slack) * kLn2;
       kl = math::log((z == 0 ? kSmallest : z) / s0) + rest - mean;
@@ -107,9 +106,9 @@ struct KlDivTau {
     }
 
     // The maxima, and the student's logit where the teacher's is largest (the largest such, where several are).
-    __device__ __forceinline__ void find_reference(const Parameters& p, const Team& team, const Slice& slice, const H (&t)[kept],
-                                                   Partial& partial, Shared& shared) const {
-      float largest[2] = {largest_of(slice, t), largest_of(slice, s)};
+    __device__ __forceinline__ void find_reference(const Parameters& p, const Team& team, const Slice& slice,
+                                                   const H (&t)[kept], Partial& partial, Shared& shared) const {
+      float largest[3] = {largest_of(slice, t), largest_of(slice, s), H::packed ? 0.f : finite_magnitude(slice)};
       const float mine = largest[0];
       cuda::reduce<Max>(team, largest, shared.largest);
       partial.t_max = largest[0];
@@ -134,16 +133,17 @@ struct KlDivTau {
       }
       if (s_j == -INFINITY) s_j = p.ratio * partial.t_max;  // the loss is infinite: any finite reference will show it
       const float d = s_j - p.ratio * partial.t_max;
-      const float size = math::larger_magnitude(math::larger_magnitude(partial.s_max, s_j), partial.t_max);
       partial.s_j = s_j;
-      partial.offset = p.exact ? 0.f : math::row_offset(d, size);
+      // Differences of sixteen-bit logits are exact without an offset.
+      partial.offset =
+          size_of(p.args.student.dtype) == 2 && size_of(p.args.teacher.dtype) == 2 ? 0.f : math::row_offset(d, largest[2]);
       partial.centre = fmaf(-p.ratio, partial.t_max, s_j - partial.offset);
       if (!(fabsf(partial.centre) < INFINITY)) partial.centre = 0;  // a slice or row without a finite teacher logit
     }
 
     template <bool with_offset>
-    __device__ __forceinline__ void sum(const Parameters& p, const Team& team, const Slice& slice, const H (&t)[kept], Partial& partial,
-                                        Shared& shared) {
+    __device__ __forceinline__ void sum(const Parameters& p, const Team& team, const Slice& slice, const H (&t)[kept],
+                                        Partial& partial, Shared& shared) {
       const Exponent weight(p.teacher_log2, partial.t_max), student_weight(p.student_log2, partial.s_max);
       float sums[3] = {0, 0, 0};
 #pragma unroll
@@ -159,7 +159,8 @@ struct KlDivTau {
           sums[2] += student_weight(sk);
         }
       }
-      if (!(fabsf(sums[1]) < INFINITY)) {  // a class at -inf in the student; where the teacher's mass underflows, it is one still
+      if (!(fabsf(sums[1]) <
+            INFINITY)) {  // a class at -inf in the student; where the teacher's mass underflows, it is one still
         sums[0] = sums[1] = 0;
 #pragma unroll
         for (int v = 0; v < kept; ++v) {
@@ -223,7 +224,8 @@ struct KlDivTau {
     __device__ __forceinline__ void write_gradient(const Parameters& p, const RowSpan& span, const Slice& slice, const Row& row,
                                                    const GradientRow& gradient, float factor) const {
       factor *= p.student_scale;
-      const float p_factor = factor * row.w_share * row.stat[KlStat::inv_s0], q_factor = factor * row.v_share * row.stat[KlStat::inv_z];
+      const float p_factor = factor * row.w_share * row.stat[KlStat::inv_s0],
+                  q_factor = factor * row.v_share * row.stat[KlStat::inv_z];
       const float kl = row.stat[KlStat::kl], shift = row.shift + kl;
       // q - p = p (exp(x - m - KL) - 1), from expm1(x - mean of the slice)
       const bool stable = row.excess == row.excess && kl < float(math::kStableBelow) && fabsf(shift) < 1;
@@ -267,11 +269,23 @@ struct KlDivTau {
         return largest;
       }
     }
+    __device__ __forceinline__ float finite_magnitude(const Slice& slice) const {
+      float size = 0;
+#pragma unroll
+      for (int v = 0; v < kept; ++v) {
+        if (v >= slice.steps) break;
+#pragma unroll
+        for (int i = 0; i < H::width; ++i) size = finite_larger(size, s[v][i]);
+      }
+      return size;
+    }
     static __device__ __forceinline__ int ordered(float x) {
       const int bits = __float_as_int(x);
       return bits < 0 ? bits ^ 0x7FFFFFFF : bits;
     }
-    static __device__ __forceinline__ float from_ordered(int bits) { return __int_as_float(bits < 0 ? bits ^ 0x7FFFFFFF : bits); }
+    static __device__ __forceinline__ float from_ordered(int bits) {
+      return __int_as_float(bits < 0 ? bits ^ 0x7FFFFFFF : bits);
+    }
   };
 
   static __device__ __forceinline__ Row row_of(const Parameters& p, const Partial& partial) {
@@ -280,7 +294,11 @@ struct KlDivTau {
     const float inv_s0 = 1 / partial.s0;
     const float kl = plain.stable() ? math::log1p(partial.excess * inv_s0) : plain.kl;
     return {{partial.t_max, partial.s_max, partial.offset, partial.centre, partial.mean, kl, inv_s0, 1 / partial.z},
-            partial.s_max, 1, 1, 0, partial.excess};
+            partial.s_max,
+            1,
+            1,
+            0,
+            partial.excess};
   }
 
   // Slices differ in their references: their sums are brought to those of the slice that holds the row's largest teacher logit.
@@ -388,7 +406,8 @@ struct KlDivTau {
       float largest = 0;
 #pragma unroll
       for (int i = 0; i < H::width; ++i) {
-        const float x = fminf(fmaf(-p.ratio, t[i], s[i] - stat[KlStat::offset]) - stat[KlStat::centre], kLargestX), w = weight(t[i]);
+        const float x = fminf(fmaf(-p.ratio, t[i], s[i] - stat[KlStat::offset]) - stat[KlStat::centre], kLargestX),
+                    w = weight(t[i]);
         const float z = fmaf(x, p.inv_tau, -shift);
         for_student[i] = w * p_student * math::expm1_series(z);
         for_teacher[i] = w * p_teacher * fmaf(-x, p.inv_tau, mean);
@@ -405,7 +424,8 @@ struct KlDivTau {
   };
 };
 
-// ---- float64: one block a row, which is read from memory once for each pass ----------------------------------------------------
+// ---- float64: one block a row, which is read from memory once for each pass
+// ----------------------------------------------------
 
 struct WideRow {
   const KlDivTauArgs& args;
@@ -448,8 +468,9 @@ struct WideRow {
   }
 };
 
-__global__ void __launch_bounds__(256, 1) wide_forward_kernel(const __grid_constant__ KlDivTauArgs args, const __grid_constant__ Task task) {
-  __shared__ double largest[kMostWarps][2], s_at[kMostWarps][1], sums[kMostWarps][3], excesses[kMostWarps][1];
+__global__ void __launch_bounds__(256, 1)
+    wide_forward_kernel(const __grid_constant__ KlDivTauArgs args, const __grid_constant__ Task task) {
+  __shared__ double largest[kMostWarps][3], s_at[kMostWarps][1], sums[kMostWarps][3], excesses[kMostWarps][1];
   const Team team(task.plan);
   const int64_t r = blockIdx.x;
   const double weight = args.weight.at(r, 1.0);
@@ -458,10 +479,11 @@ __global__ void __launch_bounds__(256, 1) wide_forward_kernel(const __grid_const
   for (int i = 0; i < KlStat::count; ++i) stat[i] = 0;
   double loss = 0;
   if (weight != 0) {
-    double top[2] = {-INFINITY, -INFINITY};
+    double top[3] = {-INFINITY, -INFINITY, 0};
     for (int64_t k = team.lane; k < args.classes; k += team.size) {
       top[0] = Max()(row.t(k), top[0]);
       top[1] = Max()(row.s(k), top[1]);
+      top[2] = finite_larger(top[2], row.s(k));
     }
     reduce<Max>(team, top, largest);
     double s_j[1] = {-INFINITY};
@@ -469,10 +491,9 @@ __global__ void __launch_bounds__(256, 1) wide_forward_kernel(const __grid_const
       if (row.t(k) == top[0]) s_j[0] = Max()(row.s(k), s_j[0]);
     reduce<Max>(team, s_j, s_at);
     if (s_j[0] == -INFINITY) s_j[0] = row.ratio * top[0];
-    const double size = math::larger_magnitude(math::larger_magnitude(top[1], s_j[0]), top[0]);
     stat[KlStat::t_max] = top[0];
     stat[KlStat::s_max] = top[1] == -INFINITY ? 0 : top[1];
-    stat[KlStat::offset] = math::row_offset(s_j[0] - row.ratio * top[0], size);
+    stat[KlStat::offset] = math::row_offset(s_j[0] - row.ratio * top[0], top[2]);
     stat[KlStat::centre] = (s_j[0] - stat[KlStat::offset]) - row.ratio * top[0];
 
     double sum[3] = {0, 0, 0};
@@ -511,7 +532,8 @@ __global__ void __launch_bounds__(256, 1) wide_forward_kernel(const __grid_const
   finish<double>(task, args.row_loss, args.rows);
 }
 
-__global__ void __launch_bounds__(256, 1) wide_backward_kernel(const __grid_constant__ KlDivTauArgs args, const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(256, 1)
+    wide_backward_kernel(const __grid_constant__ KlDivTauArgs args, const __grid_constant__ Task task) {
   const Team team(task.plan);
   const int64_t r = blockIdx.x;
   const double weight = args.weight.at(r, 1.0);

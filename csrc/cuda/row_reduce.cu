@@ -15,8 +15,8 @@ void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("kdfast: ") + what + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-// One ticket for each launch in flight: they are handed out in turn, and a launch finds its ticket zero because the one before it
-// that had it is thousands of launches past.
+// One ticket for each launch in flight: they are handed out in turn, and a launch finds its ticket zero because the one before
+// it that had it is thousands of launches past.
 constexpr int kTickets = 8192;
 __device__ unsigned tickets[kTickets];
 
@@ -47,21 +47,23 @@ Device& current_device() {
 
 }  // namespace
 
-// ---- which class serves which row ----------------------------------------------------------------------------------------------
+// ---- which class serves which row
+// ----------------------------------------------------------------------------------------------
 //
-// A thread holds c = 32 logits of a pair of one 16-bit format, 16 of another pair: w, x and the student's logits take 80, or 48, of
-// the 128 registers that 512 threads leave to each. The bounds in parentheses are for c = 32 and 16.
+// A thread holds c = 32 logits of a pair of one 16-bit format, 16 of another pair: w, x and the student's logits take 80, or
+// 48, of the 128 registers that 512 threads leave to each. The bounds in parentheses are for c = 32 and 16.
 //
 //   row                            team                        why
-//   <= 32 c   (1024, 512 logits)   1 .. 32 lanes of a warp     no barrier; as few lanes as hold it, so that reductions cost little
-//   <= 256 c  (8192, 4096)         a block, one                two or more blocks fit a multiprocessor: one loads, another computes
-//   clusters (compute capability 9.0 on):
+//   <= 32 c   (1024, 512 logits)   1 .. 32 lanes of a warp     no barrier; as few lanes as hold it, so that reductions cost
+//   little
+//   <= 256 c  (8192, 4096)         a block, one                two or more blocks fit a multiprocessor: one loads, another
+//   computes clusters (compute capability 9.0 on):
 //   <= 2, 4, 8, 16 x 256 c (131072, 65536)     a cluster of that many blocks: the row stays on chip; 16 on data-center chips
 //   <= 16 x 512 c (262144, 131072)             the same with the largest block
 //   no cluster, or a longer row:
 //   <= 512 c  (16384, 8192)        a block, one                alone on its multiprocessor, but the row is read once
-//   else                           blocks of 256 c             each reduces a slice, a second kernel merges, a third reads again
-//   float64 on either side         a block of 256 a row        streams the row for each pass; simple, not fast
+//   else                           blocks of 256 c             each reduces a slice, a second kernel merges, a third reads
+//   again float64 on either side         a block of 256 a row        streams the row for each pass; simple, not fast
 Plan plan_rows(int64_t rows, int64_t row_vectors) {
   constexpr int kept = kVectors;
   constexpr int kBlock = 256;
@@ -142,23 +144,26 @@ void launch(const void* kernel, const Plan& plan, cudaStream_t stream, void** ar
     cluster[0].val.clusterDim.y = cluster[0].val.clusterDim.z = 1;
     config.attrs = cluster;
     config.numAttrs = 1;
-    if (plan.slices > 8) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
+    if (plan.slices > 8)
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
   }
   const cudaError_t error = cudaLaunchKernelExC(&config, kernel, arguments);
   if (error == cudaSuccess) return;
   cudaGetLastError();
-  throw std::runtime_error(std::string("kdfast: ") + what + " of " + std::to_string(rows) + " rows of " + std::to_string(classes) +
-                           " classes could not be launched (" + std::to_string(plan.blocks) + " blocks of " +
-                           std::to_string(plan.threads) + " threads" +
+  throw std::runtime_error(std::string("kdfast: ") + what + " of " + std::to_string(rows) + " rows of " +
+                           std::to_string(classes) + " classes could not be launched (" + std::to_string(plan.blocks) +
+                           " blocks of " + std::to_string(plan.threads) + " threads" +
                            (plan.cluster ? ", clusters of " + std::to_string(plan.slices) : std::string()) +
                            "): " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-// ---- small kernels -------------------------------------------------------------------------------------------------------------
+// ---- small kernels
+// -------------------------------------------------------------------------------------------------------------
 
 namespace {
 
-__global__ void __launch_bounds__(kMostThreads) divisor_kernel(Numbers weight, Numbers divisor, double per_weight, int64_t rows, double* out) {
+__global__ void __launch_bounds__(kMostThreads)
+    divisor_kernel(Numbers weight, Numbers divisor, double per_weight, int64_t rows, double* out) {
   __shared__ double shared[kMostWarps][1];
   Plan block;
   block.team = blockDim.x;
@@ -200,7 +205,8 @@ __global__ void __launch_bounds__(256) scale_kernel(void* out, const void* in, D
 __global__ void __launch_bounds__(256) scale_wide_kernel(double* out, const double* in, Numbers factor, int64_t count) {
   const double by = factor.at(0, 1.0);
   if (by == 1 && out == in) return;
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) out[i] = in[i] * by;
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x)
+    out[i] = in[i] * by;
 }
 
 }  // namespace
@@ -213,7 +219,8 @@ Numbers resolve_divisor(const Call& call, const Numbers& weight, int64_t rows, d
   Numbers given[] = {weight, call.divisor};
   double per_weight = call.times_weights * call.number;
   void* arguments[] = {&given[0], &given[1], &per_weight, &rows, &in_workspace};
-  launch((const void*)divisor_kernel, plan, static_cast<cudaStream_t>(call.stream), arguments, "the sum of row weights", rows, 1);
+  launch((const void*)divisor_kernel, plan, static_cast<cudaStream_t>(call.stream), arguments, "the sum of row weights", rows,
+         1);
   Numbers divisor;
   divisor.data = in_workspace;
   divisor.type = NumberType::f64;

@@ -1,9 +1,10 @@
 // What the losses share on CUDA: which threads work on a row, how they read and write it, how they reduce over it.
 //
-// A row is read once. A team of threads holds it in registers, a few neighbouring logits (a vector) at a time: part of a warp, a
-// warp, a block, or several blocks of which each holds a slice. Slices are reduced each by itself to a few numbers (Loss::Partial),
-// which are then merged: by the blocks of a cluster through their shared memory, else through a workspace by a second kernel. A
-// loss (kl_div_tau.cu, logit_mse.cu) brings its arithmetic; `forward_kernel`, `merge_kernel` and `backward_kernel` bring the rest.
+// A row is read once. A team of threads holds it in registers, a few neighbouring logits (a vector) at a time: part of a warp,
+// a warp, a block, or several blocks of which each holds a slice. Slices are reduced each by itself to a few numbers
+// (Loss::Partial), which are then merged: by the blocks of a cluster through their shared memory, else through a workspace by a
+// second kernel. A loss (kl_div_tau.cu, logit_mse.cu) brings its arithmetic; `forward_kernel`, `merge_kernel` and
+// `backward_kernel` bring the rest.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,9 +14,10 @@
 
 namespace kdfast::cuda {
 
-// ---- plans: which threads work on a row ----------------------------------------------------------------------------------------
+// ---- plans: which threads work on a row
+// ----------------------------------------------------------------------------------------
 
-constexpr int kVectors = 4;       // that a thread holds
+constexpr int kVectors = 4;        // that a thread holds
 constexpr int kMostThreads = 512;  // of a block: 128 registers each
 constexpr int kMostWarps = kMostThreads / 32;
 constexpr int kMostCluster = 16;
@@ -61,7 +63,8 @@ void sum_nothing(const Task& task, bool wide, cudaStream_t stream);
 void launch(const void* kernel, const Plan& plan, cudaStream_t stream, void** arguments, const char* what, int64_t rows,
             int64_t classes);
 
-// ---- teams ---------------------------------------------------------------------------------------------------------------------
+// ---- teams
+// ---------------------------------------------------------------------------------------------------------------------
 
 struct Team {
   int size;       // threads
@@ -94,7 +97,15 @@ struct Sum {
   static constexpr double identity = 0;
 };
 
-// Reduces N numbers over a team, in a fixed order; every thread gets the result. `shared` is used by no other reduction of the block.
+// The larger of `size` and the magnitude of x, where that is finite.
+template <class F>
+__device__ __forceinline__ F finite_larger(F size, F x) {
+  x = x < 0 ? -x : x;
+  return x > size && x < F(INFINITY) ? x : size;
+}
+
+// Reduces N numbers over a team, in a fixed order; every thread gets the result. `shared` is used by no other reduction of the
+// block.
 template <class Op, class F, int N>
 __device__ __forceinline__ void reduce(const Team& team, F (&x)[N], F (&shared)[kMostWarps][N]) {
   const Op op;
@@ -127,7 +138,8 @@ __device__ __forceinline__ float reduce_warp(float x, Op op) {
   return x;
 }
 
-// ---- vectors -------------------------------------------------------------------------------------------------------------------
+// ---- vectors
+// -------------------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float widen_bf16(uint32_t bits) { return __uint_as_float(bits << 16); }
 __device__ __forceinline__ float widen_f16(uint16_t bits) {
@@ -178,20 +190,18 @@ __device__ __forceinline__ void store_one(void* data, DType dtype, int64_t i, F 
       break;
   }
 }
-__host__ __device__ constexpr int size_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
+__host__ __device__ constexpr int size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-// Where a row's vectors lie. They begin at multiples of their size in the student's memory: the first one may begin `phase` classes before
-// the row, and the last may end after it. Those two go element by element, so that nothing outside the row is touched; the others
-// go whole, unless the teacher's row begins elsewhere between two such boundaries.
+// Where a row's vectors lie. They begin at multiples of their size in the student's memory: the first one may begin `phase`
+// classes before the row, and the last may end after it. Those two go element by element, so that nothing outside the row is
+// touched; the others go whole, unless the teacher's row begins elsewhere between two such boundaries.
 struct RowSpan {
   int width, classes, phase, vectors;
   int whole_begin;  // vectors [whole_begin, whole_begin + whole) go by 128 bits
   unsigned whole;
 
-  __device__ __forceinline__ RowSpan(int width, const void* student, DType student_dtype, const void* teacher, DType teacher_dtype,
-                                     int64_t classes)
+  __device__ __forceinline__ RowSpan(int width, const void* student, DType student_dtype, const void* teacher,
+                                     DType teacher_dtype, int64_t classes)
       : width(width), classes(int(classes)) {
     const unsigned at = unsigned(reinterpret_cast<uintptr_t>(student));
     phase = (student_dtype == DType::f32 ? at >> 2 : at >> 1) & (width - 1);
@@ -205,15 +215,17 @@ struct RowSpan {
   }
   __device__ __forceinline__ bool is_whole(int vector) const { return unsigned(vector - whole_begin) < whole; }
   // Element i of a vector, where it is in the row.
-  __device__ __forceinline__ bool has(int vector, int i) const { return unsigned(vector * width - phase + i) < unsigned(classes); }
+  __device__ __forceinline__ bool has(int vector, int i) const {
+    return unsigned(vector * width - phase + i) < unsigned(classes);
+  }
 };
 
 // Streamed: each byte is used once.
 __device__ __forceinline__ uint4 load_words(const void* at) { return __ldcs(static_cast<const uint4*>(at)); }
 __device__ __forceinline__ void store_words(void* at, uint4 words) { __stcs(static_cast<uint4*>(at), words); }
 
-// How a thread holds a vector: the bits of a 16-bit format, two to a register, or numbers of any other mixture of dtypes. Logits
-// outside the row are -inf.
+// How a thread holds a vector: the bits of a 16-bit format, two to a register, or numbers of any other mixture of dtypes.
+// Logits outside the row are -inf.
 struct HeldBF16 {
   static constexpr bool packed = true;
   static constexpr int width = 8;  // 16 bytes
@@ -287,7 +299,8 @@ template <class Held>
 __device__ __forceinline__ Held load_vector(const void* row, DType dtype, const RowSpan& span, int vector) {
   if (!span.is_whole(vector)) return load_part<Held>(row, dtype, span, vector);
   Held v;
-  const char* at = static_cast<const char*>(row) + (int64_t(vector) * Held::width - span.phase) * (Held::packed ? 2 : size_of(dtype));
+  const char* at =
+      static_cast<const char*>(row) + (int64_t(vector) * Held::width - span.phase) * (Held::packed ? 2 : size_of(dtype));
   if constexpr (Held::packed) {
     const uint4 words = load_words(at);
     v.word[0] = words.x, v.word[1] = words.y, v.word[2] = words.z, v.word[3] = words.w;
@@ -366,10 +379,11 @@ inline __device__ void zero_wide(const Team& team, const Gradient& gradient, int
     store_one(gradient.data, gradient.dtype, gradient.rows.offset(row) + k, 0.0);
 }
 
-// ---- slices --------------------------------------------------------------------------------------------------------------------
+// ---- slices
+// --------------------------------------------------------------------------------------------------------------------
 
-// The vectors that this thread holds: first, first + stride, ... , `steps` of them for every thread of the team; those from `end` on
-// are nothing.
+// The vectors that this thread holds: first, first + stride, ... , `steps` of them for every thread of the team; those from
+// `end` on are nothing.
 struct Slice {
   int first, stride, end, steps;
 
@@ -387,12 +401,14 @@ struct Slice {
     return vector(step) < end ? load_vector<Held>(row, dtype, span, vector(step)) : outside<Held>();
   }
   template <class Held>
-  __device__ __forceinline__ void store(const float (&x)[Held::width], const GradientRow& gradient, const RowSpan& span, int step) const {
+  __device__ __forceinline__ void store(const float (&x)[Held::width], const GradientRow& gradient, const RowSpan& span,
+                                        int step) const {
     if (vector(step) < end) gradient.store<Held>(x, span, vector(step));
   }
 };
 
-// ---- the blocks of a cluster ---------------------------------------------------------------------------------------------------
+// ---- the blocks of a cluster
+// ---------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
@@ -415,7 +431,8 @@ __device__ __forceinline__ float read_cluster(const float* mine, int rank) {
   return x;
 }
 
-// ---- kernels -------------------------------------------------------------------------------------------------------------------
+// ---- kernels
+// -------------------------------------------------------------------------------------------------------------------
 
 // What a kernel is told beside the loss's own parameters.
 struct Task {
@@ -427,8 +444,8 @@ struct Task {
   float* partials;   // of slices that no cluster merges
 };
 
-// Sums the row losses once every block has written its own: the last one to arrive does, in an order that does not depend on which
-// it is.
+// Sums the row losses once every block has written its own: the last one to arrive does, in an order that does not depend on
+// which it is.
 template <class F>
 __device__ __forceinline__ void finish(const Task& task, const void* row_loss, int64_t rows) {
   if (task.loss == nullptr) return;
@@ -454,11 +471,11 @@ __device__ __forceinline__ void finish(const Task& task, const void* row_loss, i
 // A loss L has: Parameters, with `args` in it; Partial, the numbers of a slice, and Row, those of a row, all floats;
 //   Held<H, wants_gradient>  a slice in registers: reduce() makes its Partial, write_gradient() needs the Row
 //   row_of(parameters, partial)                  the Row of a single slice
-//   merge(parameters, slices, read, own, lane)   the Row of several, by a warp: read(i) is the Partial of slice i, `own` this block's
-//   finish_row(parameters, row, weight, index)   writes loss and statistics
+//   merge(parameters, slices, read, own, lane)   the Row of several, by a warp: read(i) is the Partial of slice i, `own` this
+//   block's finish_row(parameters, row, weight, index)   writes loss and statistics
 template <class L, class H, bool wants_gradient>
-__global__ void __launch_bounds__(kMostThreads, 1) forward_kernel(const __grid_constant__ typename L::Parameters parameters,
-                                                               const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(kMostThreads, 1)
+    forward_kernel(const __grid_constant__ typename L::Parameters parameters, const __grid_constant__ Task task) {
   using Partial = typename L::Partial;
   using Row = typename L::Row;
   constexpr int kNumbers = sizeof(Partial) / sizeof(float);
@@ -476,8 +493,10 @@ __global__ void __launch_bounds__(kMostThreads, 1) forward_kernel(const __grid_c
   const float weight = index < args.rows ? args.weight.at(index, 1.f) : 0.f;
 
   if (weight != 0) {
-    const void* student = static_cast<const char*>(args.student.data) + args.student.rows.offset(index) * size_of(args.student.dtype);
-    const void* teacher = static_cast<const char*>(args.teacher.data) + args.teacher.rows.offset(index) * size_of(args.teacher.dtype);
+    const void* student =
+        static_cast<const char*>(args.student.data) + args.student.rows.offset(index) * size_of(args.student.dtype);
+    const void* teacher =
+        static_cast<const char*>(args.teacher.data) + args.teacher.rows.offset(index) * size_of(args.teacher.dtype);
     const RowSpan span(H::width, student, args.student.dtype, teacher, args.teacher.dtype, args.classes);
     const Slice slice(team, plan, span, slice_index);
     const auto gradient_of = [&] { return GradientRow(args.grad_student, index, span); };
@@ -497,7 +516,8 @@ __global__ void __launch_bounds__(kMostThreads, 1) forward_kernel(const __grid_c
       if (threadIdx.x < 32) {
         const auto read = [&](int i) {
           Partial p;
-          for (int n = 0; n < kNumbers; ++n) reinterpret_cast<float*>(&p)[n] = read_cluster(reinterpret_cast<const float*>(&own) + n, i);
+          for (int n = 0; n < kNumbers; ++n)
+            reinterpret_cast<float*>(&p)[n] = read_cluster(reinterpret_cast<const float*>(&own) + n, i);
           return p;
         };
         const Row r = L::merge(parameters, plan.slices, read, slice_index, int(threadIdx.x));
@@ -531,8 +551,8 @@ __global__ void __launch_bounds__(kMostThreads, 1) forward_kernel(const __grid_c
 
 // The rows' slices from the workspace, a warp a row.
 template <class L>
-__global__ void __launch_bounds__(128) merge_kernel(const __grid_constant__ typename L::Parameters parameters,
-                                                    const __grid_constant__ Task task, int slices) {
+__global__ void __launch_bounds__(128)
+    merge_kernel(const __grid_constant__ typename L::Parameters parameters, const __grid_constant__ Task task, int slices) {
   const auto& args = parameters.args;
   const int64_t index = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -550,8 +570,8 @@ __global__ void __launch_bounds__(128) merge_kernel(const __grid_constant__ type
 
 // Gradients from what the forward left of a row: L::Backward<H> computes those of a vector.
 template <class L, class H>
-__global__ void __launch_bounds__(kMostThreads, 1) backward_kernel(const __grid_constant__ typename L::Parameters parameters,
-                                                                const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(kMostThreads, 1)
+    backward_kernel(const __grid_constant__ typename L::Parameters parameters, const __grid_constant__ Task task) {
   const auto& args = parameters.args;
   const Plan& plan = task.plan;
   const Team team(plan);
@@ -561,8 +581,10 @@ __global__ void __launch_bounds__(kMostThreads, 1) backward_kernel(const __grid_
   const int slice_index = plan.slices == 1 ? 0 : int(blockIdx.x % unsigned(plan.slices));
   if (index >= args.rows) return;
 
-  const void* student = static_cast<const char*>(args.student.data) + args.student.rows.offset(index) * size_of(args.student.dtype);
-  const void* teacher = static_cast<const char*>(args.teacher.data) + args.teacher.rows.offset(index) * size_of(args.teacher.dtype);
+  const void* student =
+      static_cast<const char*>(args.student.data) + args.student.rows.offset(index) * size_of(args.student.dtype);
+  const void* teacher =
+      static_cast<const char*>(args.teacher.data) + args.teacher.rows.offset(index) * size_of(args.teacher.dtype);
   const RowSpan span(H::width, student, args.student.dtype, teacher, args.teacher.dtype, args.classes);
   const GradientRow grad_student(args.grad_student, index, span), grad_teacher(args.grad_teacher, index, span);
   const float weight = args.weight.at(index, 1.f);
@@ -581,7 +603,8 @@ __global__ void __launch_bounds__(kMostThreads, 1) backward_kernel(const __grid_
   const Slice slice(team, plan, span, slice_index);
 #pragma unroll 1
   for (int step = 0; step < slice.steps; ++step) {
-    const H s = slice.load<H>(student, args.student.dtype, span, step), t = slice.load<H>(teacher, args.teacher.dtype, span, step);
+    const H s = slice.load<H>(student, args.student.dtype, span, step),
+            t = slice.load<H>(teacher, args.teacher.dtype, span, step);
     float for_student[H::width], for_teacher[H::width];
     backward.vector(parameters, s, t, for_student, for_teacher);
     if (grad_student) slice.store<H>(for_student, grad_student, span, step);
@@ -589,7 +612,8 @@ __global__ void __launch_bounds__(kMostThreads, 1) backward_kernel(const __grid_
   }
 }
 
-// ---- on the host: the launches of a call ---------------------------------------------------------------------------------------
+// ---- on the host: the launches of a call
+// ---------------------------------------------------------------------------------------
 
 inline bool is_wide(DType student, DType teacher) { return student == DType::f64 || teacher == DType::f64; }
 inline int vector_width(DType student, DType teacher) {
@@ -619,10 +643,10 @@ size_t workspace_bytes(const typename L::Args& args, int stats) {
 }
 
 // The kernel's instance for how logits of these dtypes are held.
-#define KDFAST_HELD(INSTANCE, ARGS)                                                       \
-  ((ARGS).student.dtype != (ARGS).teacher.dtype ? (const void*)INSTANCE(HeldFloat)        \
-   : (ARGS).student.dtype == DType::bf16        ? (const void*)INSTANCE(HeldBF16)         \
-   : (ARGS).student.dtype == DType::f16         ? (const void*)INSTANCE(HeldF16)          \
+#define KDFAST_HELD(INSTANCE, ARGS)                                                \
+  ((ARGS).student.dtype != (ARGS).teacher.dtype ? (const void*)INSTANCE(HeldFloat) \
+   : (ARGS).student.dtype == DType::bf16        ? (const void*)INSTANCE(HeldBF16)  \
+   : (ARGS).student.dtype == DType::f16         ? (const void*)INSTANCE(HeldF16)   \
                                                 : (const void*)INSTANCE(HeldFloat))
 #define KDFAST_FORWARD(H) (forward_kernel<L, H, false>)
 #define KDFAST_FORWARD_GRADIENT(H) (forward_kernel<L, H, true>)
@@ -657,7 +681,8 @@ void run_forward(const typename L::Args& given, const Call& call, int stats, con
   const bool wide = is_wide(args.student.dtype, args.teacher.dtype), apart = plan.slices > 1 && !plan.cluster;
   const bool wants_gradient = args.grad_student.data != nullptr;
   if (args.row_loss == nullptr) args.row_loss = memory.row_loss;
-  Task task{plan, resolve_divisor(call, args.weight, args.rows, memory.divisor), call.number, call.loss, nullptr, memory.partials};
+  Task task{plan,           resolve_divisor(call, args.weight, args.rows, memory.divisor), call.number, call.loss, nullptr,
+            memory.partials};
   if (args.rows == 0) return sum_nothing(task, wide, stream);
   if (call.loss) task.ticket = zeroed_ticket(stream, memory.ticket);
   if (wide) {
