@@ -92,7 +92,7 @@ def _cuobjdump() -> str | None:
 
 
 def test_registers_and_local_memory() -> None:
-    """At most 128 registers, for 512 threads a block. The loss-and-gradient kernel of 16-bit logits spills a few words."""
+    """At most 128 registers, for 512 threads a block. The loss-and-gradient kernels of 16-bit logits spill a few words."""
     from kdfast import _C
 
     tool = _cuobjdump()
@@ -102,7 +102,7 @@ def test_registers_and_local_memory() -> None:
     kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     assert len(kernels) > 10
     for name, registers, stack, local in kernels:
-        known = "forward_kernel" in name and "KlDivTau" in name and "16ELb1E" in name
+        known = "forward_kernel" in name and "16ELb1E" in name
         assert int(registers) <= 128, name
         assert int(local) == 0 and int(stack) <= (64 if known else 0), (name, registers, stack, local)
 
