@@ -1,7 +1,7 @@
-"""The CUDA kernels beyond what the device-parametrised tests ask: every class of row length, odd starts, launches, memory traffic, registers.
+"""The CUDA kernels beyond the device-parametrised tests: every class of row length, odd starts, launches, traffic, registers.
 
-With no GPU these run under an emulator of one: KDFAST_GPU_EMULATOR names its launcher (`LAUNCHER run [--stats FILE] -- COMMAND`), see
-conftest.py and .ci/run. PyTorch's own CUDA kernels need not run there: tensors are made and compared on the CPU.
+With no GPU these run under an emulator of one: KDFAST_GPU_EMULATOR names its launcher (`LAUNCHER run [--stats FILE] -- COMMAND`),
+see .ci/run. PyTorch's own CUDA kernels need not run there: tensors are made and compared on the CPU.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ pytestmark = [
 ]
 CUDA = Where("cuda", "cpp")
 
-# One length for each class of csrc/cuda/row_reduce.cu, and its neighbours: part of a warp, a warp, a block, clusters of 2 to 16, the
-# largest cluster, slices merged by a second kernel.
+# One length for each class of csrc/cuda/row_reduce.cu: part of a warp, a warp, a block, clusters of 2 to 16, the largest cluster,
+# slices merged by a second kernel.
 LENGTHS = (1, 7, 10, 100, 1000, 1003, 4096, 16384, 32000, 50257, 128256, 151936, 270000)
 
 
@@ -83,7 +83,7 @@ def test_offsets_beyond_32_bits() -> None:
     helpers.check_loss(got.cpu(), helpers.oracle("kl_div_tau", s, t, tau=2.0), (s, t))
 
 
-# ---- registers -------------------------------------------------------------------------------------------------------------------
+# ---- registers ---------------------------------------------------------------------------------------------------------------
 
 
 def _cuobjdump() -> str | None:
@@ -107,7 +107,7 @@ def test_registers_and_local_memory() -> None:
         assert int(local) == 0 and int(stack) <= (64 if known else 0), (name, registers, stack, local)
 
 
-# ---- launches and memory traffic, as the emulator counts them ---------------------------------------------------------------------
+# ---- launches and memory traffic, as the emulator counts them ----------------------------------------------------------------
 
 _STEP = """
 import torch, kdfast
