@@ -15,8 +15,7 @@
 #if defined(__clang__)
 KDFAST_PRAGMA(clang attribute push(__attribute__((target(KDFAST_TARGET))), apply_to = function))
 #else
-KDFAST_PRAGMA(GCC push_options)
-KDFAST_PRAGMA(GCC target(KDFAST_TARGET))
+KDFAST_PRAGMA(GCC target(KDFAST_TARGET))  // to the end of the unit, where its templates are instantiated
 #endif
 #endif
 
@@ -36,10 +35,6 @@ namespace kdfast::cpu::KDFAST_ISA {
 const Kernels kernels = {kl_div_tau_forward, kl_div_tau_backward, logit_mse_forward, logit_mse_backward, scale_gradient};
 }
 
-#if defined(KDFAST_TARGET)
-#if defined(__clang__)
+#if defined(KDFAST_TARGET) && defined(__clang__)
 #pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
 #endif

@@ -91,13 +91,25 @@ KDFAST_INLINE ScalarOf<V> reduce(V v, Op op) {
   if constexpr (kLanes<V> == 2) v = op(v, __builtin_shufflevector(v, v, 1, 0));
   return v[0];
 }
+struct Plus {
+  template <class V>
+  KDFAST_INLINE V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+struct Larger {
+  template <class V>
+  KDFAST_INLINE V operator()(V a, V b) const {
+    return vmax(a, b);
+  }
+};
 template <class V>
 KDFAST_INLINE ScalarOf<V> sum(V v) {
-  return reduce(v, [](V a, V b) { return a + b; });
+  return reduce(v, Plus{});
 }
 template <class V>
 KDFAST_INLINE ScalarOf<V> largest(V v) {
-  return reduce(v, [](V a, V b) { return vmax(a, b); });
+  return reduce(v, Larger{});
 }
 
 // 2^x, rounded within an ulp, for x <= 0 (and a little above). Below the exponent range: 0 where `flush`, else the smallest normal
