@@ -1,6 +1,6 @@
 """The CUDA kernels beyond the device-parametrised tests: every class of row length, odd starts, launches, traffic, registers.
 
-With no GPU these run under an emulator of one: KDFAST_GPU_EMULATOR names its launcher (`LAUNCHER run [--stats FILE] -- COMMAND`),
+With no GPU, under an emulator of one: KDFAST_GPU_EMULATOR names its launcher (`LAUNCHER run [--stats FILE] -- COMMAND`),
 see .ci/run. PyTorch's own CUDA kernels need not run there: tensors are made and compared on the CPU.
 """
 
@@ -25,7 +25,7 @@ pytestmark = [
 ]
 CUDA = Where("cuda", "cpp")
 
-# One length for each class of csrc/cuda/row_reduce.cu: part of a warp, a warp, a block, clusters of 2 to 16, the largest cluster,
+# A length for each class of csrc/cuda/row_reduce.cu: part of a warp, a warp, a block, clusters of 2 to 16, the largest cluster,
 # slices merged by a second kernel.
 LENGTHS = (1, 7, 10, 100, 1000, 1003, 4096, 16384, 32000, 50257, 128256, 151936, 270000)
 
