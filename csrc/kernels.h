@@ -1,6 +1,8 @@
-// Raw-pointer interface of every kernel, shared by the CPU and the CUDA side. No torch header is included here or in any kernel.
+// Raw-pointer interface of every kernel, shared by the CPU and the CUDA side. No torch header is included here or in any
+// kernel.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -30,7 +32,11 @@ struct RowLayout {
   KDFAST_INLINE int64_t offset(int64_t row) const {
     int64_t at = 0;
     for (int d = dims - 1; d > 0; --d) {
+#ifdef __CUDA_ARCH__  // a division of 64-bit numbers takes a hundred instructions there
+      const int64_t next = (row | size[d]) >> 32 == 0 ? int64_t(uint32_t(row) / uint32_t(size[d])) : row / size[d];
+#else
       const int64_t next = row / size[d];
+#endif
       at += (row - next * size[d]) * stride[d];
       row = next;
     }
@@ -102,7 +108,7 @@ struct KlDivTauArgs {
   int64_t rows = 0, classes = 0;
   double tau = 1, teacher_tau = 1;
   double scale = 1;  // tau * tau or 1
-  Numbers weight;  // data == nullptr: all ones. A row of weight 0 is not read.
+  Numbers weight;    // data == nullptr: all ones. A row of weight 0 is not read.
 
   // Forward. row_loss[r] = weight * scale * KL; row_stats[r * kKlStats ...] as KlStats lists them. Both of type F.
   void* row_loss = nullptr;
@@ -150,4 +156,33 @@ const char* isa_name();
 bool isa_available(const char* name);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// What a call needs beside its arguments. Everything is read and written on the device, in the order of the stream; the host
+// never waits, and a call can be captured in a CUDA graph. An error of a launch is thrown as std::runtime_error, with its
+// sizes.
+struct Call {
+  void* stream = nullptr;     // cudaStream_t
+  void* workspace = nullptr;  // workspace_bytes() bytes, 16-byte aligned
+  void* loss = nullptr;       // the sum of the row losses over the divisor, of type F; nullptr: args.row_loss is what is wanted
+
+  // The divisor of the loss and of every gradient (beside args.grad_scale).
+  Numbers divisor;  // one number in device memory; data == nullptr: `number`
+  double number = 1;
+  double times_weights = 0;  // not 0: divide by this times the sum of the row weights too, where that is not 0
+};
+
+// args.row_loss may be nullptr where call.loss is not. With a gradient in forward, only the student's.
+size_t workspace_bytes(const KlDivTauArgs& args);
+size_t workspace_bytes(const LogitMseArgs& args);
+void kl_div_tau_forward(const KlDivTauArgs& args, const Call& call);
+void kl_div_tau_backward(const KlDivTauArgs& args, const Call& call);
+void logit_mse_forward(const LogitMseArgs& args, const Call& call);
+void logit_mse_backward(const LogitMseArgs& args, const Call& call);
+
+// out[i] = in[i] * factor for `count` numbers; out and in may be the same, and then a factor of 1 reads nothing.
+void scale_gradient(void* out, const void* in, DType dtype, const Numbers& factor, int64_t count, void* stream);
+
+}  // namespace cuda
 }  // namespace kdfast

@@ -1,7 +1,8 @@
 // The mathematics of the losses, written once for every device. A number type V is float or double on CUDA and a SIMD vector of
 // them on the CPU; conditions are written as `mask ? a : b`, which holds for both.
 //
-// softmax-KL at temperature tau without cancellation. For one row, with student logits s, teacher logits t and c = tau / teacher_tau:
+// softmax-KL at temperature tau without cancellation. For one row, with student logits s, teacher logits t and c = tau /
+// teacher_tau:
 //
 //   w_k = exp((t_k - t_max) / teacher_tau)       S0 = sum w       p_k = w_k / S0
 //   v_k = exp((s_k - s_max) / tau)               Z  = sum v       q_k = v_k / Z
@@ -12,8 +13,8 @@
 //   q_k - p_k = p_k expm1(x_k - m - KL)                           (where that argument is below 1; else as written)
 //
 // The difference is taken before the division by tau, so that x is right to an ulp of the difference however large tau is.
-// `offset` is the row's shift between student and teacher (row_offset below), without which a shift of 100 costs the gradient six
-// bits; `centre` makes x zero at the teacher's largest logit.
+// `offset` is the row's shift between student and teacher (row_offset below), without which a shift of 100 costs the gradient
+// six bits; `centre` makes x zero at the teacher's largest logit.
 #pragma once
 
 #include <math.h>
@@ -24,8 +25,8 @@
 
 namespace kdfast {
 
-// What a forward pass leaves for a backward pass, in this order, for each row. For a KL this small a gradient needs p, q, m and KL
-// to full relative precision; the log-sum-exps alone (two numbers) would not give it.
+// What a forward pass leaves for a backward pass, in this order, for each row. For a KL this small a gradient needs p, q, m and
+// KL to full relative precision; the log-sum-exps alone (two numbers) would not give it.
 struct KlStat {
   enum { t_max, s_max, offset, centre, mean, kl, inv_s0, inv_z, count };
 };
@@ -49,55 +50,67 @@ struct Scalar<double> {
   using type = double;
 };
 
-// Horner's rule; the coefficients ascend.
-template <class V, class F, int N>
-KDFAST_INLINE V polynomial(V x, const F (&c)[N]) {
-  V y = x * c[N - 1] + c[N - 2];
-  for (int i = N - 3; i >= 0; --i) y = y * x + c[i];
-  return y;
+// Horner's rule for the coefficients C::of, which ascend. (A recursion over constants: device code may not refer to a host's
+// array.)
+template <class C, int i = 0, class V>
+KDFAST_INLINE V polynomial(V x) {
+  constexpr int last = int(sizeof(C::of) / sizeof(C::of[0])) - 1;
+  constexpr auto c = C::of[i];
+  if constexpr (i + 1 == last) {
+    constexpr auto top = C::of[last];
+    return x * top + c;
+  } else {
+    return polynomial<C, i + 1>(x) * x + c;
+  }
 }
 
 // Chebyshev interpolants on the interval named, to the precision of the type.
 template <class F>
-struct Coefficients;
+struct PhiSeries;  // (e^x - 1 - x) / x^2 on [-1, 1]
+template <class F>
+struct Exp2Series;  // 2^x on [-1/2, 1/2]
 template <>
-struct Coefficients<float> {
-  // (e^x - 1 - x) / x^2 on [-1, 1]: 1.1e-7 relative
-  static constexpr float phi[] = {0.5f,          0.166666973f,   0.0416666972f,   0.00833088617f,
-                                  0.00138864477f, 0.000203290419f, 0.0000252884348f};
-  // 2^x on [-1/2, 1/2]: 2.5e-9 relative
-  static constexpr float exp2[] = {1.0f,           0.693147207f,   0.240226509f,  0.0555032723f,
-                                   0.00961805667f, 0.00134004282f, 0.000154614447f};
+struct PhiSeries<float> {  // 1.1e-7 relative
+  static constexpr float of[] = {0.5f,           0.166666973f,    0.0416666972f,   0.00833088617f,
+                                 0.00138864477f, 0.000203290419f, 0.0000252884348f};
 };
 template <>
-struct Coefficients<double> {
-  // 1.5e-17 and 4.2e-18 relative
-  static constexpr double phi[] = {0.500000000000000006,   0.166666666666666667,   0.0416666666666660883,  0.00833333333333329936,
-                                   0.00138888888889814045, 0.000198412698413241979, 0.0000248015872460968169, 2.7557319191381817e-6,
-                                   2.75573350689337267e-7, 2.50521176959078236e-8, 2.08744355758642747e-9, 1.60576796238016377e-10,
-                                   1.16391941241505224e-11, 7.74617859301882749e-13};
-  static constexpr double exp2[] = {1.0,
-                                    0.693147180559945309,
-                                    0.240226506959101596,
-                                    0.055504108664821627,
-                                    0.00961812910758725667,
-                                    0.00133335581464064707,
-                                    0.000154035304637243542,
-                                    0.0000152527338415567726,
-                                    1.32154325359123762e-6,
-                                    1.01780570877339411e-7,
-                                    7.07419429728852101e-9,
-                                    4.45581790833606449e-10};
+struct Exp2Series<float> {  // 2.5e-9 relative
+  static constexpr float of[] = {1.0f,           0.693147207f,   0.240226509f,   0.0555032723f,
+                                 0.00961805667f, 0.00134004282f, 0.000154614447f};
+};
+template <>
+struct PhiSeries<double> {  // 1.5e-17 relative
+  static constexpr double of[] = {0.500000000000000006,     0.166666666666666667,   0.0416666666666660883,
+                                  0.00833333333333329936,   0.00138888888889814045, 0.000198412698413241979,
+                                  0.0000248015872460968169, 2.7557319191381817e-6,  2.75573350689337267e-7,
+                                  2.50521176959078236e-8,   2.08744355758642747e-9, 1.60576796238016377e-10,
+                                  1.16391941241505224e-11,  7.74617859301882749e-13};
+};
+template <>
+struct Exp2Series<double> {  // 4.2e-18 relative
+  static constexpr double of[] = {1.0,
+                                  0.693147180559945309,
+                                  0.240226506959101596,
+                                  0.055504108664821627,
+                                  0.00961812910758725667,
+                                  0.00133335581464064707,
+                                  0.000154035304637243542,
+                                  0.0000152527338415567726,
+                                  1.32154325359123762e-6,
+                                  1.01780570877339411e-7,
+                                  7.07419429728852101e-9,
+                                  4.45581790833606449e-10};
 };
 
 // Both for |x| <= 1, multiply-adds only.
 template <class V>
 KDFAST_INLINE V phi_series(V x) {
-  return x * x * polynomial(x, Coefficients<typename Scalar<V>::type>::phi);
+  return x * x * polynomial<PhiSeries<typename Scalar<V>::type>>(x);
 }
 template <class V>
 KDFAST_INLINE V expm1_series(V x) {
-  return x * x * polynomial(x, Coefficients<typename Scalar<V>::type>::phi) + x;
+  return x * x * polynomial<PhiSeries<typename Scalar<V>::type>>(x) + x;
 }
 
 KDFAST_INLINE float log(float x) { return ::logf(x); }
@@ -126,9 +139,9 @@ KDFAST_INLINE double power_of_two(double x) {
   return x;
 }
 
-// The shift `d` between student and teacher in units of 2^-7 of the power of two at or below `size`, the largest finite magnitude of
-// the student's logits. Being that coarse, its subtraction from a logit rounds nothing away but where it is far larger than the
-// logit, and a shift too small to matter is left alone (0).
+// The shift `d` between student and teacher in units of 2^-7 of the power of two at or below `size`, the largest finite
+// magnitude of the student's logits. Being that coarse, its subtraction from a logit rounds nothing away but where it is far
+// larger than the logit, and a shift too small to matter is left alone (0).
 template <class F>
 KDFAST_INLINE F row_offset(F d, F size) {
   constexpr F round = sizeof(F) == 4 ? F(12582912.0) : F(6755399441055744.0);  // 1.5 * 2^23, 1.5 * 2^52
@@ -141,8 +154,8 @@ KDFAST_INLINE F phi(F x) {
   return x * x < 1 ? phi_series(x) : exp(x) - 1 - x;
 }
 
-// Below this value of the plain form the stable one is taken: there the plain one has lost a digit to cancellation, and the stable
-// one has no term above e^(1/2).
+// Below this value of the plain form the stable one is taken: there the plain one has lost a digit to cancellation, and the
+// stable one has no term above e^(1/2).
 inline constexpr double kStableBelow = 0.5;
 
 }  // namespace math

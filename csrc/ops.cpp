@@ -2,6 +2,9 @@
 // operators are private: kdfast/functional.py checks the arguments and kdfast/_ops.py gives them their gradients. Only torch's
 // stable ABI is used, so that one binary serves every torch from 2.13 on.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#ifdef KDFAST_WITH_CUDA
+#include <torch/csrc/stable/accelerator.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -27,7 +30,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// ---- tensors to raw pointers -------------------------------------------------------------------------------------------------
+// ---- tensors to raw pointers
+// -------------------------------------------------------------------------------------------------
 
 DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -104,7 +108,8 @@ Numbers numbers_of(const OptionalTensor& tensor, int64_t rows, const char* name)
   const auto strides = tensor->strides();
   const bool one = tensor->numel() == 1 || std::all_of(strides.begin(), strides.end(), [](int64_t s) { return s == 0; });
   numbers.stride = one ? 0 : 1;
-  STD_TORCH_CHECK(one || (tensor->numel() == rows && tensor->is_contiguous()), "kdfast: ", name, " must be contiguous, one a row");
+  STD_TORCH_CHECK(one || (tensor->numel() == rows && tensor->is_contiguous()), "kdfast: ", name,
+                  " must be contiguous, one a row");
   switch (tensor->scalar_type()) {
     case ScalarType::Double:
       numbers.type = NumberType::f64;
@@ -139,10 +144,9 @@ Tensor empty_like_device(const Tensor& like, const std::vector<int64_t>& sizes, 
   int32_t device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-                               like.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                                                         device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -151,8 +155,8 @@ std::vector<int64_t> sizes_of(const Tensor& tensor) {
   return std::vector<int64_t>(sizes.begin(), sizes.end());
 }
 
-// Fresh memory comes from the system page by page, and for a large gradient that costs more than its arithmetic: huge pages cost an
-// eighth of it. A hint, which the system may ignore.
+// Fresh memory comes from the system page by page, and for a large gradient that costs more than its arithmetic: huge pages
+// cost an eighth of it. A hint, which the system may ignore.
 void advise_huge_pages(const Tensor& tensor) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 4096;
@@ -171,7 +175,8 @@ Tensor new_gradient(const Tensor& input, bool wanted) {
   return gradient;
 }
 
-// ---- what every loss's operators share -----------------------------------------------------------------------------------------
+// ---- what every loss's operators share
+// -----------------------------------------------------------------------------------------
 
 struct Options {
   const OptionalTensor& row_weight;
@@ -188,7 +193,8 @@ Args make_args(Tensor& student, Tensor& teacher, const Options& options, int64_t
   for (int64_t d = 0; d < last; ++d)
     STD_TORCH_CHECK(student.size(d) == teacher.size(d), "kdfast: student and teacher must have the same leading dimensions");
   const int64_t classes = num_classes < 0 ? student.size(last) : num_classes;
-  STD_TORCH_CHECK(classes <= student.size(last) && classes <= teacher.size(last), "kdfast: num_classes exceeds the logits' width");
+  STD_TORCH_CHECK(classes <= student.size(last) && classes <= teacher.size(last),
+                  "kdfast: num_classes exceeds the logits' width");
   STD_TORCH_CHECK((student.stride(last) == 1 && teacher.stride(last) == 1) || classes <= 1,
                   "kdfast: the class dimension must have stride 1");
   STD_TORCH_CHECK(int(options.reduction) >= 0 && int(options.reduction) <= 3, "kdfast: unknown reduction");
@@ -261,9 +267,86 @@ Tensor reduced_loss(Args& args, const Tensor& student, ScalarType type, Reductio
   return result;
 }
 
-// The three kinds of operator, the same for every loss. `Loss` names its arguments, kernels and statistics.
-template <class Loss>
-struct CpuOps {
+// What differs between the devices: where the divisor is known, how a kernel runs, how its row losses are reduced.
+struct OnCpu {
+  double divisor = 1;
+
+  explicit OnCpu(const Tensor&) {}
+  template <class Args>
+  void divide(Args& args, const Options& options, const Tensor& student, double per_row) {
+    divisor = divisor_of(options, student, args.weight, args.rows, per_row);
+    args.grad_scale = 1 / divisor;
+  }
+  template <class Loss, class Args>
+  Tensor forward(Args& args, const Tensor& student, ScalarType type, Reduction reduction) const {
+    return reduced_loss(args, student, type, reduction, divisor, Loss::forward);
+  }
+  template <class Loss, class Args>
+  void backward(const Args& args, const Tensor&) const {
+    for_rows(args, Loss::backward);
+  }
+  void scale(const Tensor& out, const Tensor& in, const Numbers& by) const {
+    const double factor = by.at(0, 1.0);
+    if (factor == 1 && out.data_ptr() == in.data_ptr()) return;
+    torch::stable::parallel_for(0, in.numel(), 2 * kPairsPerTask, [&](int64_t begin, int64_t end) {
+      cpu::scale_gradient(out.data_ptr(), in.data_ptr(), dtype_of(in), factor, begin, end);
+    });
+  }
+};
+
+#ifdef KDFAST_WITH_CUDA
+struct OnCuda {
+  torch::stable::accelerator::DeviceGuard guard;
+  cuda::Call call;
+
+  explicit OnCuda(const Tensor& student) : guard(student.get_device_index()) {
+    call.stream = torch::stable::accelerator::getCurrentStream(student.get_device_index()).nativeHandle();
+  }
+  template <class Args>
+  void divide(Args& args, const Options& options, const Tensor& student, double per_row) {
+    const bool by_weights = options.reduction == Reduction::Mean && args.weight.data != nullptr && args.rows > 0;
+    if (options.denominator && !options.divisor)
+      call.divisor = numbers_of(options.denominator, 1, "denominator");
+    else if (by_weights && !options.divisor)
+      call.times_weights = per_row;
+    else
+      call.number = divisor_of(options, student, args.weight, args.rows, per_row);
+  }
+  template <class Loss, class Args>
+  Tensor forward(Args& args, const Tensor& student, ScalarType type, Reduction reduction) {
+    std::vector<int64_t> sizes;
+    if (reduction == Reduction::None) {
+      sizes = sizes_of(student);
+      sizes.pop_back();
+    }
+    Tensor loss = empty_like_device(student, sizes, type);
+    (reduction == Reduction::None ? args.row_loss : call.loss) = loss.data_ptr();
+    const Tensor workspace = allocate(args, student);
+    Loss::forward_cuda(args, call);
+    return loss;
+  }
+  template <class Loss, class Args>
+  void backward(const Args& args, const Tensor& student) {
+    const Tensor workspace = allocate(args, student);
+    Loss::backward_cuda(args, call);
+  }
+  void scale(const Tensor& out, const Tensor& in, const Numbers& factor) const {
+    cuda::scale_gradient(out.data_ptr(), in.data_ptr(), dtype_of(in), factor, in.numel(), call.stream);
+  }
+
+ private:
+  template <class Args>
+  Tensor allocate(const Args& args, const Tensor& student) {
+    Tensor workspace = empty_like_device(student, {int64_t(cuda::workspace_bytes(args))}, ScalarType::Byte);
+    call.workspace = workspace.data_ptr();
+    return workspace;
+  }
+};
+#endif
+
+// The kinds of operator, the same for every loss. `Loss` names its arguments, kernels and statistics.
+template <class Loss, class Device>
+struct Ops {
   using Args = typename Loss::Args;
 
   static std::tuple<Tensor, Tensor> forward(const Loss& loss, Tensor student, Tensor teacher, const Options& options,
@@ -273,8 +356,9 @@ struct CpuOps {
     const ScalarType type = accumulate_type(student, teacher);
     Tensor stats = empty_like_device(student, {args.rows, loss.stats()}, type);
     if (loss.stats() > 0) args.row_stats = stats.data_ptr();
-    const double divisor = divisor_of(options, student, args.weight, args.rows, loss.per_row(args));
-    Tensor value = reduced_loss(args, student, type, options.reduction, divisor, Loss::forward);
+    Device device(student);
+    device.divide(args, options, student, loss.per_row(args));
+    Tensor value = device.template forward<Loss>(args, student, type, options.reduction);
     return {value, stats};
   }
 
@@ -283,16 +367,17 @@ struct CpuOps {
     STD_TORCH_CHECK(options.reduction != Reduction::None, "kdfast: a gradient in forward needs a scalar loss");
     Args args = make_args<Args>(student, teacher, options, num_classes);
     loss.fill(args);
-    const double divisor = divisor_of(options, student, args.weight, args.rows, loss.per_row(args));
+    Device device(student);
+    device.divide(args, options, student, loss.per_row(args));
     Tensor gradient = new_gradient(student, true);
     args.grad_student = gradient_of(gradient);
-    args.grad_scale = 1 / divisor;
-    Tensor value = reduced_loss(args, student, accumulate_type(student, teacher), options.reduction, divisor, Loss::forward);
+    Tensor value = device.template forward<Loss>(args, student, accumulate_type(student, teacher), options.reduction);
     return {value, gradient};
   }
 
   static void backward_into(const Loss& loss, const Tensor& grad_loss, Tensor student, Tensor teacher, const Tensor& stats,
-                            const Options& options, int64_t num_classes, const Tensor* grad_student, const Tensor* grad_teacher) {
+                            const Options& options, int64_t num_classes, const Tensor* grad_student,
+                            const Tensor* grad_teacher) {
     Args args = make_args<Args>(student, teacher, options, num_classes);
     loss.fill(args);
     STD_TORCH_CHECK(stats.scalar_type() == accumulate_type(student, teacher) && stats.is_contiguous() &&
@@ -300,15 +385,16 @@ struct CpuOps {
                     "kdfast: row_stats is not what the forward operator returned for these logits");
     if (loss.stats() > 0) args.row_stats = stats.data_ptr();
     args.grad_loss = numbers_of(grad_loss, args.rows, "grad_loss");
-    args.grad_scale = 1 / divisor_of(options, student, args.weight, args.rows, loss.per_row(args));
+    Device device(student);
+    device.divide(args, options, student, loss.per_row(args));
     if (grad_student) args.grad_student = gradient_of(*grad_student);
     if (grad_teacher) args.grad_teacher = gradient_of(*grad_teacher);
-    for_rows(args, Loss::backward);
+    device.template backward<Loss>(args, student);
   }
 
-  static std::tuple<Tensor, Tensor> backward(const Loss& loss, const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
-                                             const Tensor& stats, const Options& options, int64_t num_classes, bool for_student,
-                                             bool for_teacher) {
+  static std::tuple<Tensor, Tensor> backward(const Loss& loss, const Tensor& grad_loss, const Tensor& student,
+                                             const Tensor& teacher, const Tensor& stats, const Options& options,
+                                             int64_t num_classes, bool for_student, bool for_teacher) {
     Tensor grad_student = new_gradient(student, for_student), grad_teacher = new_gradient(teacher, for_teacher);
     backward_into(loss, grad_loss, student, teacher, stats, options, num_classes, for_student ? &grad_student : nullptr,
                   for_teacher ? &grad_teacher : nullptr);
@@ -318,17 +404,23 @@ struct CpuOps {
   static Tensor backward_inplace(const Loss& loss, const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
                                  const Tensor& stats, const Options& options, int64_t num_classes, bool for_teacher) {
     Tensor grad_teacher = new_gradient(teacher, for_teacher);
-    backward_into(loss, grad_loss, student, teacher, stats, options, num_classes, &student, for_teacher ? &grad_teacher : nullptr);
+    backward_into(loss, grad_loss, student, teacher, stats, options, num_classes, &student,
+                  for_teacher ? &grad_teacher : nullptr);
     return grad_teacher;
   }
 };
 
-// ---- kl_div_tau ----------------------------------------------------------------------------------------------------------------
+// ---- kl_div_tau
+// ----------------------------------------------------------------------------------------------------------------
 
 struct KlDivTau {
   using Args = KlDivTauArgs;
   static constexpr auto forward = cpu::kl_div_tau_forward;
   static constexpr auto backward = cpu::kl_div_tau_backward;
+#ifdef KDFAST_WITH_CUDA
+  static void forward_cuda(const Args& args, const cuda::Call& call) { cuda::kl_div_tau_forward(args, call); }
+  static void backward_cuda(const Args& args, const cuda::Call& call) { cuda::kl_div_tau_backward(args, call); }
+#endif
 
   double tau, teacher_tau;
   bool scale_by_tau_squared;
@@ -342,12 +434,17 @@ struct KlDivTau {
   static double per_row(const Args&) { return 1; }
 };
 
-// ---- logit_mse -----------------------------------------------------------------------------------------------------------------
+// ---- logit_mse
+// -----------------------------------------------------------------------------------------------------------------
 
 struct LogitMse {
   using Args = LogitMseArgs;
   static constexpr auto forward = cpu::logit_mse_forward;
   static constexpr auto backward = cpu::logit_mse_backward;
+#ifdef KDFAST_WITH_CUDA
+  static void forward_cuda(const Args& args, const cuda::Call& call) { cuda::logit_mse_forward(args, call); }
+  static void backward_cuda(const Args& args, const cuda::Call& call) { cuda::logit_mse_backward(args, call); }
+#endif
 
   bool center;
   bool tau_limit;  // 0.5 / K times the centred sum: kl_div_tau at tau = infinity
@@ -361,17 +458,18 @@ struct LogitMse {
   double per_row(const Args& args) const { return tau_limit ? 1 : double(args.classes); }
 };
 
-// ---- operators -----------------------------------------------------------------------------------------------------------------
+// ---- operators
+// -----------------------------------------------------------------------------------------------------------------
 //
 // Every loss has four:
 //   X_forward           -> (loss, row_stats)       the loss, reduced; what the backward needs to know of each row
-//   X_forward_grad      -> (loss, grad_student)    the same and the student's gradient for grad_loss = 1, from one read of the logits
-//   X_backward          -> (grad_student, grad_teacher)    each an empty tensor where it is not wanted
+//   X_forward_grad      -> (loss, grad_student)    the same and the student's gradient for grad_loss = 1, from one read of the
+//   logits X_backward          -> (grad_student, grad_teacher)    each an empty tensor where it is not wanted
 //   X_backward_inplace  -> grad_teacher            the student's gradient overwrites its logits
-// `row_weight` one number a row; `denominator` (a tensor) or `divisor` (a number) replaces the reduction's own divisor; `reduction`
-// as kernels.h numbers it; `num_classes` -1: all columns.
+// `row_weight` one number a row; `denominator` (a tensor) or `divisor` (a number) replaces the reduction's own divisor;
+// `reduction` as kernels.h numbers it; `num_classes` -1: all columns.
 
-#define KDFAST_COMMON                                                                                                     \
+#define KDFAST_COMMON                                                                                                    \
   const OptionalTensor &row_weight, const OptionalTensor &denominator, std::optional<double> divisor, int64_t reduction, \
       int64_t num_classes
 #define KDFAST_OPTIONS Options{row_weight, denominator, divisor, Reduction(reduction)}, num_classes
@@ -379,60 +477,74 @@ struct LogitMse {
 
 // The four functions of one loss. PARAMETERS: the loss's own, in parentheses; VALUES: the Loss made of them.
 #define KDFAST_UNWRAP(...) __VA_ARGS__
-#define KDFAST_LOSS(NAME, LOSS, PARAMETERS, VALUES)                                                                                 \
-  std::tuple<Tensor, Tensor> NAME##_forward(const Tensor& student, const Tensor& teacher, KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS) { \
-    return CpuOps<LOSS>::forward(LOSS{KDFAST_UNWRAP VALUES}, student, teacher, KDFAST_OPTIONS);                                     \
-  }                                                                                                                                 \
-  std::tuple<Tensor, Tensor> NAME##_forward_grad(const Tensor& student, const Tensor& teacher, KDFAST_COMMON,                       \
-                                                 KDFAST_UNWRAP PARAMETERS) {                                                        \
-    return CpuOps<LOSS>::forward_grad(LOSS{KDFAST_UNWRAP VALUES}, student, teacher, KDFAST_OPTIONS);                                \
-  }                                                                                                                                 \
-  std::tuple<Tensor, Tensor> NAME##_backward(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,                 \
-                                             const Tensor& row_stats, KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS, bool for_student,    \
-                                             bool for_teacher) {                                                                    \
-    return CpuOps<LOSS>::backward(LOSS{KDFAST_UNWRAP VALUES}, grad_loss, student, teacher, row_stats, KDFAST_OPTIONS, for_student,  \
-                                  for_teacher);                                                                                     \
-  }                                                                                                                                 \
-  Tensor NAME##_backward_inplace(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher, const Tensor& row_stats,    \
-                                 KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS, bool for_teacher) {                                       \
-    return CpuOps<LOSS>::backward_inplace(LOSS{KDFAST_UNWRAP VALUES}, grad_loss, student, teacher, row_stats, KDFAST_OPTIONS,       \
-                                          for_teacher);                                                                             \
+#define KDFAST_LOSS(NAME, LOSS, PARAMETERS, VALUES)                                                                        \
+  template <class Device>                                                                                                  \
+  std::tuple<Tensor, Tensor> NAME##_forward(const Tensor& student, const Tensor& teacher, KDFAST_COMMON,                   \
+                                            KDFAST_UNWRAP PARAMETERS) {                                                    \
+    return Ops<LOSS, Device>::forward(LOSS{KDFAST_UNWRAP VALUES}, student, teacher, KDFAST_OPTIONS);                       \
+  }                                                                                                                        \
+  template <class Device>                                                                                                  \
+  std::tuple<Tensor, Tensor> NAME##_forward_grad(const Tensor& student, const Tensor& teacher, KDFAST_COMMON,              \
+                                                 KDFAST_UNWRAP PARAMETERS) {                                               \
+    return Ops<LOSS, Device>::forward_grad(LOSS{KDFAST_UNWRAP VALUES}, student, teacher, KDFAST_OPTIONS);                  \
+  }                                                                                                                        \
+  template <class Device>                                                                                                  \
+  std::tuple<Tensor, Tensor> NAME##_backward(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,        \
+                                             const Tensor& row_stats, KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS,             \
+                                             bool for_student, bool for_teacher) {                                         \
+    return Ops<LOSS, Device>::backward(LOSS{KDFAST_UNWRAP VALUES}, grad_loss, student, teacher, row_stats, KDFAST_OPTIONS, \
+                                       for_student, for_teacher);                                                          \
+  }                                                                                                                        \
+  template <class Device>                                                                                                  \
+  Tensor NAME##_backward_inplace(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,                    \
+                                 const Tensor& row_stats, KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS, bool for_teacher) {     \
+    return Ops<LOSS, Device>::backward_inplace(LOSS{KDFAST_UNWRAP VALUES}, grad_loss, student, teacher, row_stats,         \
+                                               KDFAST_OPTIONS, for_teacher);                                               \
   }
 
-KDFAST_LOSS(kl_div_tau, KlDivTau, (double tau, double teacher_tau, bool scale_by_tau_squared), (tau, teacher_tau, scale_by_tau_squared))
+KDFAST_LOSS(kl_div_tau, KlDivTau, (double tau, double teacher_tau, bool scale_by_tau_squared),
+            (tau, teacher_tau, scale_by_tau_squared))
 KDFAST_LOSS(logit_mse, LogitMse, (bool center, bool tau_limit), (center, tau_limit))
 
+template <class Device>
 void scale_into(const Tensor& out, const Tensor& gradient, const Tensor& grad_loss) {
   STD_TORCH_CHECK(gradient.is_contiguous() && grad_loss.numel() == 1, "kdfast: a contiguous gradient and one factor are taken");
-  const double factor = numbers_of(grad_loss, 1, "grad_loss").at(0, 1.0);
-  if (factor == 1 && out.data_ptr() == gradient.data_ptr()) return;
-  torch::stable::parallel_for(0, gradient.numel(), 2 * kPairsPerTask, [&](int64_t begin, int64_t end) {
-    cpu::scale_gradient(out.data_ptr(), gradient.data_ptr(), dtype_of(gradient), factor, begin, end);
-  });
+  Device(gradient).scale(out, gradient, numbers_of(grad_loss, 1, "grad_loss"));
 }
+template <class Device>
 Tensor scale_gradient(const Tensor& gradient, const Tensor& grad_loss) {
   Tensor out = new_gradient(gradient, true);
-  scale_into(out, gradient, grad_loss);
+  scale_into<Device>(out, gradient, grad_loss);
   return out;
 }
-void scale_gradient_inplace(const Tensor& gradient, const Tensor& grad_loss) { scale_into(gradient, gradient, grad_loss); }
+template <class Device>
+void scale_gradient_inplace(const Tensor& gradient, const Tensor& grad_loss) {
+  scale_into<Device>(gradient, gradient, grad_loss);
+}
 
 }  // namespace
 }  // namespace kdfast
 
-#define KDFAST_SCHEMAS(NAME, PARAMETERS)                                                                                           \
-  library.def(NAME "_forward(Tensor student, Tensor teacher, " KDFAST_COMMON_SCHEMA ", " PARAMETERS ") -> (Tensor, Tensor)");      \
-  library.def(NAME "_forward_grad(Tensor student, Tensor teacher, " KDFAST_COMMON_SCHEMA ", " PARAMETERS ") -> (Tensor, Tensor)"); \
-  library.def(NAME "_backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor row_stats, " KDFAST_COMMON_SCHEMA           \
-                   ", " PARAMETERS ", bool for_student, bool for_teacher) -> (Tensor, Tensor)");                                   \
-  library.def(NAME "_backward_inplace(Tensor grad_loss, Tensor(a!) student, Tensor teacher, Tensor row_stats, "                    \
-                   KDFAST_COMMON_SCHEMA ", " PARAMETERS ", bool for_teacher) -> Tensor");
+#define KDFAST_SCHEMAS(NAME, PARAMETERS)                                                                                      \
+  library.def(NAME "_forward(Tensor student, Tensor teacher, " KDFAST_COMMON_SCHEMA ", " PARAMETERS ") -> (Tensor, Tensor)"); \
+  library.def(NAME "_forward_grad(Tensor student, Tensor teacher, " KDFAST_COMMON_SCHEMA ", " PARAMETERS                      \
+                   ") -> (Tensor, Tensor)");                                                                                  \
+  library.def(NAME "_backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor row_stats, " KDFAST_COMMON_SCHEMA      \
+                   ", " PARAMETERS ", bool for_student, bool for_teacher) -> (Tensor, Tensor)");                              \
+  library.def(                                                                                                                \
+      NAME "_backward_inplace(Tensor grad_loss, Tensor(a!) student, Tensor teacher, Tensor row_stats, " KDFAST_COMMON_SCHEMA  \
+           ", " PARAMETERS ", bool for_teacher) -> Tensor");
 
-#define KDFAST_REGISTER(NAME)                                                    \
-  library.impl(#NAME "_forward", TORCH_BOX(&kdfast::NAME##_forward));            \
-  library.impl(#NAME "_forward_grad", TORCH_BOX(&kdfast::NAME##_forward_grad)); \
-  library.impl(#NAME "_backward", TORCH_BOX(&kdfast::NAME##_backward));          \
-  library.impl(#NAME "_backward_inplace", TORCH_BOX(&kdfast::NAME##_backward_inplace));
+#define KDFAST_REGISTER_LOSS(NAME, DEVICE)                                                      \
+  library.impl(#NAME "_forward", TORCH_BOX(&kdfast::NAME##_forward<kdfast::DEVICE>));           \
+  library.impl(#NAME "_forward_grad", TORCH_BOX(&kdfast::NAME##_forward_grad<kdfast::DEVICE>)); \
+  library.impl(#NAME "_backward", TORCH_BOX(&kdfast::NAME##_backward<kdfast::DEVICE>));         \
+  library.impl(#NAME "_backward_inplace", TORCH_BOX(&kdfast::NAME##_backward_inplace<kdfast::DEVICE>));
+#define KDFAST_REGISTER(DEVICE)                                                       \
+  KDFAST_REGISTER_LOSS(kl_div_tau, DEVICE)                                            \
+  KDFAST_REGISTER_LOSS(logit_mse, DEVICE)                                             \
+  library.impl("scale_gradient", TORCH_BOX(&kdfast::scale_gradient<kdfast::DEVICE>)); \
+  library.impl("scale_gradient_inplace", TORCH_BOX(&kdfast::scale_gradient_inplace<kdfast::DEVICE>));
 
 STABLE_TORCH_LIBRARY(kdfast, library) {
   KDFAST_SCHEMAS("kl_div_tau", "float tau, float teacher_tau, bool scale_by_tau_squared")
@@ -441,9 +553,9 @@ STABLE_TORCH_LIBRARY(kdfast, library) {
   library.def("scale_gradient_inplace(Tensor(a!) gradient, Tensor grad_loss) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, library) {
-  KDFAST_REGISTER(kl_div_tau)
-  KDFAST_REGISTER(logit_mse)
-  library.impl("scale_gradient", TORCH_BOX(&kdfast::scale_gradient));
-  library.impl("scale_gradient_inplace", TORCH_BOX(&kdfast::scale_gradient_inplace));
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, library){KDFAST_REGISTER(OnCpu)}
+#ifdef KDFAST_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, library) {
+  KDFAST_REGISTER(OnCuda)
 }
+#endif

@@ -123,17 +123,17 @@ KDFAST_INLINE V exp2_nonpositive(V x) {
   V fraction, result;
   if constexpr (sizeof(F) == 4) {
     fraction = (V)_mm512_reduce_ps((__m512)x, 0);
-    result = (V)_mm512_scalef_ps((__m512)math::polynomial(fraction, math::Coefficients<F>::exp2), (__m512)(x - fraction));
+    result = (V)_mm512_scalef_ps((__m512)math::polynomial<math::Exp2Series<F>>(fraction), (__m512)(x - fraction));
   } else {
     fraction = (V)_mm512_reduce_pd((__m512d)x, 0);
-    result = (V)_mm512_scalef_pd((__m512d)math::polynomial(fraction, math::Coefficients<F>::exp2), (__m512d)(x - fraction));
+    result = (V)_mm512_scalef_pd((__m512d)math::polynomial<math::Exp2Series<F>>(fraction), (__m512d)(x - fraction));
   }
   return flush ? result : vmax(splat<V>(T::smallest), result);  // (FlushSubnormals is on)
 #else
   const V bounded = vmax(lowest, x);
   const V shifted = bounded + T::magic;
   const V fraction = bounded - (shifted - T::magic);
-  const V mantissa = math::polynomial(fraction, math::Coefficients<F>::exp2);
+  const V mantissa = math::polynomial<math::Exp2Series<F>>(fraction);
   const V result = (V)((IntOf<V>)mantissa + ((IntOf<V>)shifted << T::mantissa));
   return flush ? (x < lowest ? V{} : result) : result;
 #endif

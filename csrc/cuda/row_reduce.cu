@@ -1,0 +1,255 @@
+// The host's side of row_reduce.cuh, and the small kernels that belong to no loss.
+#include "row_reduce.cuh"
+
+#include <atomic>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+namespace kdfast::cuda {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // so that the next call does not report it again
+  throw std::runtime_error(std::string("kdfast: ") + what + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+}
+
+// One ticket for each launch in flight: they are handed out in turn, and a launch finds its ticket zero because the one before
+// it that had it is thousands of launches past.
+constexpr int kTickets = 8192;
+__device__ unsigned tickets[kTickets];
+
+constexpr int kMostDevices = 64;
+struct Device {
+  std::once_flag once;
+  int most_cluster = 1;  // blocks of kMostThreads threads
+  unsigned* tickets = nullptr;
+};
+Device& current_device() {
+  static Device devices[kMostDevices];
+  int index = 0;
+  check(cudaGetDevice(&index), "cudaGetDevice");
+  if (index >= kMostDevices) throw std::runtime_error("kdfast: more than 64 devices");
+  Device& device = devices[index];
+  std::call_once(device.once, [&] {
+    void* at = nullptr;
+    check(cudaGetSymbolAddress(&at, tickets), "cudaGetSymbolAddress");
+    device.tickets = static_cast<unsigned*>(at);
+    int major = 0, has = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "cudaDeviceGetAttribute");
+    cudaDeviceGetAttribute(&has, cudaDevAttrClusterLaunch, index);
+    // Sixteen blocks are beyond what every such device takes: the data-center chips do.
+    device.most_cluster = !has || major < 9 ? 1 : major == 9 || major == 10 ? 16 : 8;
+  });
+  return device;
+}
+
+}  // namespace
+
+// ---- which class serves which row
+// ----------------------------------------------------------------------------------------------
+//
+// A thread holds c = 32 logits of a pair of one 16-bit format, 16 of another pair: w, x and the student's logits take 80, or
+// 48, of the 128 registers that 512 threads leave to each. The bounds in parentheses are for c = 32 and 16.
+//
+//   row                            team                        why
+//   <= 32 c   (1024, 512 logits)   1 .. 32 lanes of a warp     no barrier; as few lanes as hold it, so that reductions cost
+//   little
+//   <= 256 c  (8192, 4096)         a block, one                two or more blocks fit a multiprocessor: one loads, another
+//   computes clusters (compute capability 9.0 on):
+//   <= 2, 4, 8, 16 x 256 c (131072, 65536)     a cluster of that many blocks: the row stays on chip; 16 on data-center chips
+//   <= 16 x 512 c (262144, 131072)             the same with the largest block
+//   no cluster, or a longer row:
+//   <= 512 c  (16384, 8192)        a block, one                alone on its multiprocessor, but the row is read once
+//   else                           blocks of 256 c             each reduces a slice, a second kernel merges, a third reads
+//   again float64 on either side         a block of 256 a row        streams the row for each pass; simple, not fast
+Plan plan_rows(int64_t rows, int64_t row_vectors) {
+  constexpr int kept = kVectors;
+  constexpr int kBlock = 256;
+  Plan plan;
+  const int64_t most_cluster = current_device().most_cluster;
+  if (row_vectors <= 32 * kept) {
+    while (plan.team * kept < row_vectors) plan.team *= 2;
+    plan.threads = 128;
+    plan.slice_vectors = int(row_vectors);
+    const int64_t teams = plan.threads / plan.team, blocks = (rows + teams - 1) / teams;
+    if (blocks > INT32_MAX) throw std::runtime_error("kdfast: too many rows: " + std::to_string(rows));
+    plan.blocks = unsigned(blocks);
+    return plan;
+  }
+  int64_t most_threads = kBlock;
+  if (row_vectors > kBlock * kept) {
+    if (most_cluster > 1 && row_vectors <= most_cluster * kMostThreads * kept) {
+      if (row_vectors > most_cluster * kBlock * kept) most_threads = kMostThreads;
+      while (plan.slices * most_threads * kept < row_vectors) plan.slices *= 2;
+      plan.cluster = true;
+    } else if (row_vectors <= kMostThreads * kept) {
+      most_threads = kMostThreads;
+    } else {
+      plan.slices = int((row_vectors + kBlock * kept - 1) / (kBlock * kept));
+    }
+  }
+  plan.slice_vectors = int((row_vectors + plan.slices - 1) / plan.slices);
+  plan.team = plan.threads = ((plan.slice_vectors + kept - 1) / kept + 31) / 32 * 32;
+  if (rows > INT32_MAX / plan.slices) throw std::runtime_error("kdfast: too many rows: " + std::to_string(rows));
+  plan.blocks = unsigned(rows * plan.slices);
+  return plan;
+}
+
+int64_t vectors_of_row(const Logits& student, int64_t classes, int width) {
+  if (classes > INT32_MAX - 32) throw std::runtime_error("kdfast: too many classes: " + std::to_string(classes));
+  bool aligned = reinterpret_cast<uintptr_t>(student.data) % uintptr_t(width * size_of(student.dtype)) == 0;
+  for (int d = 0; d < student.rows.dims; ++d) aligned = aligned && student.rows.stride[d] % width == 0;
+  return (classes + (aligned ? 0 : width - 1) + width - 1) / width;
+}
+
+Workspace::Workspace(void* base, size_t row_loss_size, size_t row_stats_size, size_t partials_size) {
+  char* at = static_cast<char*>(base);
+  const auto take = [&](size_t size) {
+    char* taken = at;
+    at += (size + 15) / 16 * 16;
+    return taken;
+  };
+  divisor = reinterpret_cast<double*>(take(sizeof(double)));
+  ticket = reinterpret_cast<unsigned*>(take(sizeof(unsigned)));
+  row_loss = take(row_loss_size);
+  row_stats = reinterpret_cast<float*>(take(row_stats_size));
+  partials = reinterpret_cast<float*>(take(partials_size));
+  bytes = size_t(at - static_cast<char*>(base));
+}
+
+unsigned* zeroed_ticket(cudaStream_t stream, unsigned* in_workspace) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  if (status == cudaStreamCaptureStatusNone) {
+    static std::atomic<unsigned> next{0};
+    return current_device().tickets + next.fetch_add(1, std::memory_order_relaxed) % kTickets;
+  }
+  // A captured launch runs again at any later time: it has a ticket of its own.
+  check(cudaMemsetAsync(in_workspace, 0, sizeof(unsigned), stream), "cudaMemsetAsync");
+  return in_workspace;
+}
+
+void launch(const void* kernel, const Plan& plan, cudaStream_t stream, void** arguments, const char* what, int64_t rows,
+            int64_t classes) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(plan.blocks);
+  config.blockDim = dim3(unsigned(plan.threads));
+  config.stream = stream;
+  cudaLaunchAttribute cluster[1];
+  if (plan.cluster) {
+    cluster[0].id = cudaLaunchAttributeClusterDimension;
+    cluster[0].val.clusterDim.x = unsigned(plan.slices);
+    cluster[0].val.clusterDim.y = cluster[0].val.clusterDim.z = 1;
+    config.attrs = cluster;
+    config.numAttrs = 1;
+    if (plan.slices > 8)
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
+  }
+  const cudaError_t error = cudaLaunchKernelExC(&config, kernel, arguments);
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string("kdfast: ") + what + " of " + std::to_string(rows) + " rows of " +
+                           std::to_string(classes) + " classes could not be launched (" + std::to_string(plan.blocks) +
+                           " blocks of " + std::to_string(plan.threads) + " threads" +
+                           (plan.cluster ? ", clusters of " + std::to_string(plan.slices) : std::string()) +
+                           "): " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+}
+
+// ---- small kernels
+// -------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+__global__ void __launch_bounds__(kMostThreads)
+    divisor_kernel(Numbers weight, Numbers divisor, double per_weight, int64_t rows, double* out) {
+  __shared__ double shared[kMostWarps][1];
+  Plan block;
+  block.team = blockDim.x;
+  double total[1] = {0};
+  for (int64_t r = threadIdx.x; r < rows; r += blockDim.x) total[0] += weight.at(r, 1.0);
+  reduce<Sum>(Team(block), total, shared);
+  if (threadIdx.x == 0) *out = divisor.at(0, 1.0) * (total[0] == 0 ? 1.0 : total[0] * per_weight);
+}
+
+__global__ void sum_nothing_kernel(Task task, bool wide) {
+  const double loss = 0 / task.divisor.at(0, task.number);
+  if (wide)
+    *static_cast<double*>(task.loss) = loss;
+  else
+    *static_cast<float*>(task.loss) = float(loss);
+}
+
+// Numbers go by 128 bits from the first boundary on.
+template <class H>
+__global__ void __launch_bounds__(256) scale_kernel(void* out, const void* in, DType dtype, Numbers factor, int64_t count) {
+  const float by = factor.at(0, 1.f);
+  if (by == 1 && out == in) return;
+  const int64_t vectors = (count + H::width - 1) / H::width, size = H::packed ? 2 : size_of(dtype);
+  const bool aligned = (reinterpret_cast<uintptr_t>(out) | reinterpret_cast<uintptr_t>(in)) % 16 == 0;
+  for (int64_t v = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; v < vectors; v += int64_t(gridDim.x) * blockDim.x) {
+    const int left = int(count - v * H::width < H::width ? count - v * H::width : H::width);
+    const char* from = static_cast<const char*>(in) + v * H::width * size;
+    char* to = static_cast<char*>(out) + v * H::width * size;
+    RowSpan span(H::width, nullptr, dtype, nullptr, dtype, left);
+    span.whole = aligned && left == H::width;
+    GradientRow row;
+    row.row = to, row.dtype = dtype, row.width = left, row.aligned = aligned;
+    const H x = load_vector<H>(from, dtype, span, 0);
+    float y[H::width];
+    for (int i = 0; i < H::width; ++i) y[i] = x[i] * by;
+    row.store<H>(y, span, 0);
+  }
+}
+__global__ void __launch_bounds__(256) scale_wide_kernel(double* out, const double* in, Numbers factor, int64_t count) {
+  const double by = factor.at(0, 1.0);
+  if (by == 1 && out == in) return;
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x)
+    out[i] = in[i] * by;
+}
+
+}  // namespace
+
+Numbers resolve_divisor(const Call& call, const Numbers& weight, int64_t rows, double* in_workspace) {
+  if (call.times_weights == 0) return call.divisor;
+  Plan plan;
+  plan.threads = kMostThreads;
+  plan.blocks = 1;
+  Numbers given[] = {weight, call.divisor};
+  double per_weight = call.times_weights * call.number;
+  void* arguments[] = {&given[0], &given[1], &per_weight, &rows, &in_workspace};
+  launch((const void*)divisor_kernel, plan, static_cast<cudaStream_t>(call.stream), arguments, "the sum of row weights", rows,
+         1);
+  Numbers divisor;
+  divisor.data = in_workspace;
+  divisor.type = NumberType::f64;
+  divisor.stride = 0;
+  return divisor;
+}
+
+void sum_nothing(const Task& task, bool wide, cudaStream_t stream) {
+  if (task.loss == nullptr) return;
+  Plan plan;
+  plan.blocks = 1;
+  Task copy = task;
+  void* arguments[] = {&copy, &wide};
+  launch((const void*)sum_nothing_kernel, plan, stream, arguments, "the loss", 0, 0);
+}
+
+void scale_gradient(void* out, const void* in, DType dtype, const Numbers& factor, int64_t count, void* stream) {
+  if (count == 0) return;
+  Plan plan;
+  plan.threads = 256;
+  const int64_t per_block = dtype == DType::f64 ? 256 : 1024, blocks = (count + per_block - 1) / per_block;
+  plan.blocks = unsigned(blocks < (1 << 20) ? blocks : 1 << 20);
+  Numbers by = factor;
+  void *typed[] = {&out, &in, &dtype, &by, &count}, *wide[] = {&out, &in, &by, &count};
+  const void* kernel = dtype == DType::bf16  ? (const void*)scale_kernel<HeldBF16>
+                       : dtype == DType::f16 ? (const void*)scale_kernel<HeldF16>
+                       : dtype == DType::f32 ? (const void*)scale_kernel<HeldFloat>
+                                             : (const void*)scale_wide_kernel;
+  launch(kernel, plan, static_cast<cudaStream_t>(stream), dtype == DType::f64 ? wide : typed, "scaling a gradient", 1, count);
+}
+
+}  // namespace kdfast::cuda

@@ -1,0 +1,709 @@
+// What the losses share on CUDA: which threads work on a row, how they read and write it, how they reduce over it.
+//
+// A row is read once. A team of threads holds it in registers, a few neighbouring logits (a vector) at a time: part of a warp,
+// a warp, a block, or several blocks of which each holds a slice. Slices are reduced each by itself to a few numbers
+// (Loss::Partial), which are then merged: by the blocks of a cluster through their shared memory, else through a workspace by a
+// second kernel. A loss (kl_div_tau.cu, logit_mse.cu) brings its arithmetic; `forward_kernel`, `merge_kernel` and
+// `backward_kernel` bring the rest.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "kernels.h"
+#include "kl_math.h"
+
+namespace kdfast::cuda {
+
+// ---- plans: which threads work on a row
+// ----------------------------------------------------------------------------------------
+
+constexpr int kVectors = 4;        // that a thread holds
+constexpr int kMostThreads = 512;  // of a block: 128 registers each
+constexpr int kMostWarps = kMostThreads / 32;
+constexpr int kMostCluster = 16;
+
+struct Plan {
+  int team = 1;     // threads of a block that share a row: a power of two up to 32, or all of them
+  int threads = 1;  // of a block
+  int slices = 1;   // blocks that share a row
+  int slice_vectors = 0;
+  bool cluster = false;
+  unsigned blocks = 0;
+};
+
+// `row_vectors`: vectors that a row takes at most.
+Plan plan_rows(int64_t rows, int64_t row_vectors);
+// The number of vectors that no row exceeds, given how its start is aligned.
+int64_t vectors_of_row(const Logits& student, int64_t classes, int width);
+
+// Memory of a call, carved from its workspace.
+struct Workspace {
+  double* divisor;
+  unsigned* ticket;
+  void* row_loss;
+  float* row_stats;
+  float* partials;
+  size_t bytes;
+
+  // Sizes in bytes.
+  Workspace(void* base, size_t row_loss_size, size_t row_stats_size, size_t partials_size);
+};
+
+struct Task;
+
+// A counter that is zero, for the blocks of one launch to find out which is the last; the last sets it back to zero.
+unsigned* zeroed_ticket(cudaStream_t stream, unsigned* in_workspace);
+// Sums the row weights for call.times_weights and returns the resulting divisor, a number in device memory.
+Numbers resolve_divisor(const Call& call, const Numbers& weight, int64_t rows, double* in_workspace);
+
+// The loss of no rows: 0 over the divisor.
+void sum_nothing(const Task& task, bool wide, cudaStream_t stream);
+
+// Launches kernel(arguments...); `what` and the sizes go into the error, should there be one.
+void launch(const void* kernel, const Plan& plan, cudaStream_t stream, void** arguments, const char* what, int64_t rows,
+            int64_t classes);
+
+// ---- teams
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct Team {
+  int size;       // threads
+  int lane;       // this thread's number among them
+  unsigned mask;  // those of this warp
+  int warps;      // more than one only where the team is the block
+
+  __device__ explicit Team(const Plan& plan) {
+    size = plan.team;
+    lane = size > 32 ? threadIdx.x : threadIdx.x & (size - 1);
+    warps = size > 32 ? size / 32 : 1;
+    mask = size >= 32 ? 0xFFFFFFFFu : ((1u << size) - 1) << (threadIdx.x & 31 & ~(size - 1));
+  }
+  __device__ bool leads() const { return lane == 0; }
+};
+
+struct Max {
+  template <class F>
+  __device__ F operator()(F a, F b) const {
+    return a > b ? a : b;
+  }
+  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+  static constexpr double identity = -INFINITY;
+};
+struct Sum {
+  template <class F>
+  __device__ F operator()(F a, F b) const {
+    return a + b;
+  }
+  static constexpr double identity = 0;
+};
+
+// The larger of `size` and the magnitude of x, where that is finite.
+template <class F>
+__device__ __forceinline__ F finite_larger(F size, F x) {
+  x = x < 0 ? -x : x;
+  return x > size && x < F(INFINITY) ? x : size;
+}
+
+// Reduces N numbers over a team, in a fixed order; every thread gets the result. `shared` is used by no other reduction of the
+// block.
+template <class Op, class F, int N>
+__device__ __forceinline__ void reduce(const Team& team, F (&x)[N], F (&shared)[kMostWarps][N]) {
+  const Op op;
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    if (distance >= team.size) continue;
+#pragma unroll
+    for (int n = 0; n < N; ++n) x[n] = op(x[n], __shfl_xor_sync(team.mask, x[n], distance));
+  }
+  if (team.warps == 1) return;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (lane == 0)
+    for (int n = 0; n < N; ++n) shared[warp][n] = x[n];
+  __syncthreads();
+  // Every `wide` lanes read all warps' numbers, and end with the same result.
+  const int wide = team.warps > 8 ? 16 : team.warps > 4 ? 8 : 4, from = lane & (wide - 1);
+  for (int n = 0; n < N; ++n) x[n] = from < team.warps ? shared[from][n] : F(Op::identity);
+#pragma unroll
+  for (int distance = kMostWarps / 2; distance > 0; distance /= 2) {
+    if (distance >= wide) continue;
+#pragma unroll
+    for (int n = 0; n < N; ++n) x[n] = op(x[n], __shfl_xor_sync(0xFFFFFFFFu, x[n], distance));
+  }
+}
+
+template <class Op>
+__device__ __forceinline__ float reduce_warp(float x, Op op) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) x = op(x, __shfl_xor_sync(0xFFFFFFFFu, x, distance));
+  return x;
+}
+
+// ---- vectors
+// -------------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float widen_bf16(uint32_t bits) { return __uint_as_float(bits << 16); }
+__device__ __forceinline__ float widen_f16(uint16_t bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+__device__ __forceinline__ uint32_t narrow_bf16(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+__device__ __forceinline__ uint32_t narrow_f16(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+// One element of any dtype.
+template <class F>
+__device__ __forceinline__ F load_one(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::f64:
+      return F(static_cast<const double*>(data)[i]);
+    case DType::f32:
+      return F(static_cast<const float*>(data)[i]);
+    case DType::bf16:
+      return F(widen_bf16(static_cast<const uint16_t*>(data)[i]));
+    case DType::f16:
+      return F(widen_f16(static_cast<const uint16_t*>(data)[i]));
+  }
+  return F(0);
+}
+template <class F>
+__device__ __forceinline__ void store_one(void* data, DType dtype, int64_t i, F x) {
+  switch (dtype) {
+    case DType::f64:
+      static_cast<double*>(data)[i] = x;
+      break;
+    case DType::f32:
+      static_cast<float*>(data)[i] = float(x);
+      break;
+    case DType::bf16:
+      static_cast<uint16_t*>(data)[i] = uint16_t(narrow_bf16(float(x), 0));
+      break;
+    case DType::f16:
+      static_cast<uint16_t*>(data)[i] = uint16_t(narrow_f16(float(x), 0));
+      break;
+  }
+}
+__host__ __device__ constexpr int size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+// Where a row's vectors lie. They begin at multiples of their size in the student's memory: the first one may begin `phase`
+// classes before the row, and the last may end after it. Those two go element by element, so that nothing outside the row is
+// touched; the others go whole, unless the teacher's row begins elsewhere between two such boundaries.
+struct RowSpan {
+  int width, classes, phase, vectors;
+  int whole_begin;  // vectors [whole_begin, whole_begin + whole) go by 128 bits
+  unsigned whole;
+
+  __device__ __forceinline__ RowSpan(int width, const void* student, DType student_dtype, const void* teacher,
+                                     DType teacher_dtype, int64_t classes)
+      : width(width), classes(int(classes)) {
+    const unsigned at = unsigned(reinterpret_cast<uintptr_t>(student));
+    phase = (student_dtype == DType::f32 ? at >> 2 : at >> 1) & (width - 1);
+    vectors = (phase + this->classes + width - 1) / width;
+    whole_begin = phase > 0;
+    whole = is_aligned(teacher, teacher_dtype) ? unsigned(max(0, (phase + this->classes) / width - whole_begin)) : 0;
+  }
+  // Whether a row of another tensor has its vectors at multiples of their size too.
+  __device__ __forceinline__ bool is_aligned(const void* row, DType dtype) const {
+    return ((unsigned(reinterpret_cast<uintptr_t>(row)) - phase * size_of(dtype)) & (width * size_of(dtype) - 1)) == 0;
+  }
+  __device__ __forceinline__ bool is_whole(int vector) const { return unsigned(vector - whole_begin) < whole; }
+  // Element i of a vector, where it is in the row.
+  __device__ __forceinline__ bool has(int vector, int i) const {
+    return unsigned(vector * width - phase + i) < unsigned(classes);
+  }
+};
+
+// Streamed: each byte is used once.
+__device__ __forceinline__ uint4 load_words(const void* at) { return __ldcs(static_cast<const uint4*>(at)); }
+__device__ __forceinline__ void store_words(void* at, uint4 words) { __stcs(static_cast<uint4*>(at), words); }
+
+// How a thread holds a vector: the bits of a 16-bit format, two to a register, or numbers of any other mixture of dtypes.
+// Logits outside the row are -inf.
+struct HeldBF16 {
+  static constexpr bool packed = true;
+  static constexpr int width = 8;  // 16 bytes
+  uint32_t word[width / 2];
+
+  __device__ __forceinline__ float operator[](int i) const {
+    return i % 2 ? __uint_as_float(word[i / 2] & 0xFFFF0000u) : __uint_as_float(word[i / 2] << 16);
+  }
+  static constexpr uint32_t nothing = 0xFF80FF80u;
+  static __device__ __forceinline__ uint32_t narrow(float low, float high) { return narrow_bf16(low, high); }
+  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+    uint32_t c;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+  }
+};
+struct HeldF16 {
+  static constexpr bool packed = true;
+  static constexpr int width = 8;  // 16 bytes
+  uint32_t word[width / 2];
+
+  __device__ __forceinline__ float operator[](int i) const {
+    return widen_f16(uint16_t(i % 2 ? word[i / 2] >> 16 : word[i / 2] & 0xFFFFu));
+  }
+  static constexpr uint32_t nothing = 0xFC00FC00u;
+  static __device__ __forceinline__ uint32_t narrow(float low, float high) { return narrow_f16(low, high); }
+  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+    uint32_t c;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+  }
+};
+struct HeldFloat {
+  static constexpr bool packed = false;
+  static constexpr int width = 4;  // 16 bytes of float32, 8 of a 16-bit format
+  float number[width];
+
+  __device__ __forceinline__ float operator[](int i) const { return number[i]; }
+};
+
+template <class Held>
+__device__ __forceinline__ Held outside() {
+  Held v;
+  if constexpr (Held::packed) {
+    for (auto& word : v.word) word = Held::nothing;
+  } else {
+    for (auto& x : v.number) x = -INFINITY;
+  }
+  return v;
+}
+
+template <class Held>
+__device__ __forceinline__ Held load_part(const void* row, DType dtype, const RowSpan& span, int vector) {
+  Held v = outside<Held>();
+#pragma unroll
+  for (int i = 0; i < Held::width; ++i) {
+    if (!span.has(vector, i)) continue;
+    const int64_t at = int64_t(vector) * Held::width - span.phase + i;
+    if constexpr (Held::packed) {
+      const uint32_t bits = static_cast<const uint16_t*>(row)[at];
+      v.word[i / 2] = i % 2 ? (v.word[i / 2] & 0xFFFFu) | bits << 16 : (v.word[i / 2] & 0xFFFF0000u) | bits;
+    } else {
+      v.number[i] = load_one<float>(row, dtype, at);
+    }
+  }
+  return v;
+}
+
+// `row`: where the row begins in memory.
+template <class Held>
+__device__ __forceinline__ Held load_vector(const void* row, DType dtype, const RowSpan& span, int vector) {
+  if (!span.is_whole(vector)) return load_part<Held>(row, dtype, span, vector);
+  Held v;
+  const char* at =
+      static_cast<const char*>(row) + (int64_t(vector) * Held::width - span.phase) * (Held::packed ? 2 : size_of(dtype));
+  if constexpr (Held::packed) {
+    const uint4 words = load_words(at);
+    v.word[0] = words.x, v.word[1] = words.y, v.word[2] = words.z, v.word[3] = words.w;
+  } else if (dtype == DType::f32) {
+    const uint4 words = load_words(at);
+    v.number[0] = __uint_as_float(words.x), v.number[1] = __uint_as_float(words.y);
+    v.number[2] = __uint_as_float(words.z), v.number[3] = __uint_as_float(words.w);
+  } else {
+    const uint2 words = __ldcs(reinterpret_cast<const uint2*>(at));
+    const uint32_t word[] = {words.x, words.y};
+#pragma unroll
+    for (int i = 0; i < Held::width; ++i) {
+      const uint16_t bits = uint16_t(i % 2 ? word[i / 2] >> 16 : word[i / 2] & 0xFFFFu);
+      v.number[i] = dtype == DType::bf16 ? widen_bf16(bits) : widen_f16(bits);
+    }
+  }
+  return v;
+}
+
+// A gradient's row, nullptr where it is not wanted.
+struct GradientRow {
+  char* row = nullptr;
+  DType dtype;
+  int64_t width;
+  bool aligned = false;
+
+  __device__ __forceinline__ GradientRow() {}
+  __device__ __forceinline__ GradientRow(const Gradient& gradient, int64_t index, const RowSpan& span)
+      : dtype(gradient.dtype), width(gradient.width) {
+    if (gradient.data == nullptr) return;
+    row = static_cast<char*>(gradient.data) + gradient.rows.offset(index) * size_of(dtype);
+    aligned = span.is_aligned(row, dtype);
+  }
+  __device__ explicit operator bool() const { return row != nullptr; }
+
+  template <class Held>
+  __device__ __forceinline__ void store(const float (&x)[Held::width], const RowSpan& span, int vector) const {
+    const int64_t first = int64_t(vector) * Held::width - span.phase;
+    if (!aligned || !span.is_whole(vector)) {
+#pragma unroll
+      for (int i = 0; i < Held::width; ++i)
+        if (span.has(vector, i)) store_one(row, dtype, first + i, x[i]);
+      return;
+    }
+    char* at = row + first * (Held::packed ? 2 : size_of(dtype));
+    if constexpr (!Held::packed) {
+      if (dtype == DType::f32) {
+        store_words(at, {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
+        return;
+      }
+    }
+    uint32_t word[Held::width / 2];
+#pragma unroll
+    for (int i = 0; i < Held::width / 2; ++i) {
+      if constexpr (Held::packed)
+        word[i] = Held::narrow(x[2 * i], x[2 * i + 1]);
+      else
+        word[i] = dtype == DType::bf16 ? narrow_bf16(x[2 * i], x[2 * i + 1]) : narrow_f16(x[2 * i], x[2 * i + 1]);
+    }
+    if constexpr (Held::packed)
+      store_words(at, {word[0], word[1], word[2], word[3]});
+    else
+      __stcs(reinterpret_cast<uint2*>(at), make_uint2(word[0], word[1]));
+  }
+  // Columns [from, width) become zero. The threads of the row's team share the work.
+  __device__ __forceinline__ void zero(const Team& team, int64_t from) const {
+    if (row == nullptr) return;
+    for (int64_t i = from + team.lane; i < width; i += team.size) store_one(row, dtype, i, 0.f);
+  }
+};
+
+// Columns [from, width) of a row of any dtype become zero.
+inline __device__ void zero_wide(const Team& team, const Gradient& gradient, int64_t row, int64_t from) {
+  if (gradient.data == nullptr) return;
+  for (int64_t k = from + team.lane; k < gradient.width; k += team.size)
+    store_one(gradient.data, gradient.dtype, gradient.rows.offset(row) + k, 0.0);
+}
+
+// ---- slices
+// --------------------------------------------------------------------------------------------------------------------
+
+// The vectors that this thread holds: first, first + stride, ... , `steps` of them for every thread of the team; those from
+// `end` on are nothing.
+struct Slice {
+  int first, stride, end, steps;
+
+  __device__ __forceinline__ Slice(const Team& team, const Plan& plan, const RowSpan& span, int index) {
+    const int begin = index * plan.slice_vectors;
+    first = begin + team.lane;
+    stride = team.size;
+    end = min(begin + plan.slice_vectors, span.vectors);
+    steps = (max(0, end - begin) + stride - 1) / stride;
+  }
+  __device__ __forceinline__ int vector(int step) const { return first + step * stride; }
+
+  template <class Held>
+  __device__ __forceinline__ Held load(const void* row, DType dtype, const RowSpan& span, int step) const {
+    return vector(step) < end ? load_vector<Held>(row, dtype, span, vector(step)) : outside<Held>();
+  }
+  template <class Held>
+  __device__ __forceinline__ void store(const float (&x)[Held::width], const GradientRow& gradient, const RowSpan& span,
+                                        int step) const {
+    if (vector(step) < end) gradient.store<Held>(x, span, vector(step));
+  }
+};
+
+// ---- the blocks of a cluster
+// ---------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// The number at `mine`, in this block's shared memory, of the cluster's block `rank`.
+__device__ __forceinline__ float read_cluster(const float* mine, int rank) {
+  float x = 0;
+#if __CUDA_ARCH__ >= 900
+  uint32_t at;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(uint32_t(__cvta_generic_to_shared(mine))), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
+#endif
+  return x;
+}
+
+// ---- kernels
+// -------------------------------------------------------------------------------------------------------------------
+
+// What a kernel is told beside the loss's own parameters.
+struct Task {
+  Plan plan;
+  Numbers divisor;
+  double number;     // the divisor, where that is absent
+  void* loss;        // the reduced loss; nullptr: not wanted
+  unsigned* ticket;  // zero, and zero again afterwards
+  float* partials;   // of slices that no cluster merges
+};
+
+// Sums the row losses once every block has written its own: the last one to arrive does, in an order that does not depend on
+// which it is.
+template <class F>
+__device__ __forceinline__ void finish(const Task& task, const void* row_loss, int64_t rows) {
+  if (task.loss == nullptr) return;
+  __shared__ bool last;
+  __shared__ double shared[kMostWarps][1];
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(task.ticket, 1u) == gridDim.x - 1;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  double total[1] = {0};
+  for (int64_t r = threadIdx.x; r < rows; r += blockDim.x) total[0] += __ldcg(static_cast<const F*>(row_loss) + r);
+  Plan block;
+  block.team = blockDim.x;
+  reduce<Sum>(Team(block), total, shared);
+  if (threadIdx.x == 0) {
+    *static_cast<F*>(task.loss) = F(total[0] / task.divisor.at(0, task.number));
+    *task.ticket = 0;
+  }
+}
+
+// A loss L has: Parameters, with `args` in it; Partial, the numbers of a slice, and Row, those of a row, all floats;
+//   Held<H, wants_gradient>  a slice in registers: reduce() makes its Partial, write_gradient() needs the Row
+//   row_of(parameters, partial)                  the Row of a single slice
+//   merge(parameters, slices, read, own, lane)   the Row of several, by a warp: read(i) is the Partial of slice i, `own` this
+//   block's finish_row(parameters, row, weight, index)   writes loss and statistics
+template <class L, class H, bool wants_gradient>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    forward_kernel(const __grid_constant__ typename L::Parameters parameters, const __grid_constant__ Task task) {
+  using Partial = typename L::Partial;
+  using Row = typename L::Row;
+  constexpr int kNumbers = sizeof(Partial) / sizeof(float);
+  __shared__ typename L::Shared shared;
+  __shared__ Partial own;
+  __shared__ Row merged;
+
+  const auto& args = parameters.args;
+  const Plan& plan = task.plan;
+  const Team team(plan);
+  const unsigned teams = plan.team > 32 ? 1 : plan.threads / plan.team;
+  const int64_t place = int64_t(blockIdx.x) * teams + (plan.team > 32 ? 0 : threadIdx.x / plan.team);
+  const int64_t index = plan.slices == 1 ? place : int64_t(blockIdx.x / unsigned(plan.slices));
+  const int slice_index = plan.slices == 1 ? 0 : int(blockIdx.x % unsigned(plan.slices));
+  const float weight = index < args.rows ? args.weight.at(index, 1.f) : 0.f;
+
+  if (weight != 0) {
+    const void* student =
+        static_cast<const char*>(args.student.data) + args.student.rows.offset(index) * size_of(args.student.dtype);
+    const void* teacher =
+        static_cast<const char*>(args.teacher.data) + args.teacher.rows.offset(index) * size_of(args.teacher.dtype);
+    const RowSpan span(H::width, student, args.student.dtype, teacher, args.teacher.dtype, args.classes);
+    const Slice slice(team, plan, span, slice_index);
+    const auto gradient_of = [&] { return GradientRow(args.grad_student, index, span); };
+    const auto factor_of = [&] {
+      return args.grad_loss.at(index, 1.f) * float(args.grad_scale) * weight / task.divisor.at(0, float(task.number));
+    };
+
+    typename L::template Held<H, wants_gradient> held;
+    const Partial partial = held.reduce(parameters, team, span, slice, student, teacher, gradient_of, factor_of, shared);
+    Row row;
+    if (plan.slices == 1) {
+      row = L::row_of(parameters, partial);
+    } else if (plan.cluster) {
+      if (threadIdx.x == 0) own = partial;
+      cluster_arrive();
+      cluster_wait();
+      if (threadIdx.x < 32) {
+        const auto read = [&](int i) {
+          Partial p;
+          for (int n = 0; n < kNumbers; ++n)
+            reinterpret_cast<float*>(&p)[n] = read_cluster(reinterpret_cast<const float*>(&own) + n, i);
+          return p;
+        };
+        const Row r = L::merge(parameters, plan.slices, read, slice_index, int(threadIdx.x));
+        if (threadIdx.x == 0) merged = r;
+      }
+      __syncthreads();
+      cluster_arrive();  // this block has read the others' numbers; theirs must not leave before all have
+      row = merged;
+    } else {
+      if (threadIdx.x == 0) reinterpret_cast<Partial*>(task.partials)[blockIdx.x] = partial;
+      return;
+    }
+    if constexpr (wants_gradient) {
+      const GradientRow gradient = gradient_of();
+      held.write_gradient(parameters, span, slice, row, gradient, factor_of());
+      if (slice_index == plan.slices - 1) gradient.zero(team, args.classes);
+    }
+    if (slice_index == 0 && team.leads()) L::finish_row(parameters, row, weight, index);
+    if (plan.cluster) cluster_wait();
+  } else if (index < args.rows) {  // not read
+    if (slice_index == 0) {
+      const void* row = args.student.data;
+      const RowSpan span(H::width, row, args.student.dtype, row, args.student.dtype, args.classes);
+      if constexpr (wants_gradient) GradientRow(args.grad_student, index, span).zero(team, 0);
+      if (team.leads() && (plan.slices == 1 || plan.cluster)) L::finish_row(parameters, Row{}, weight, index);
+    }
+    if (plan.slices > 1 && !plan.cluster) return;
+  }
+  finish<float>(task, args.row_loss, args.rows);
+}
+
+// The rows' slices from the workspace, a warp a row.
+template <class L>
+__global__ void __launch_bounds__(128)
+    merge_kernel(const __grid_constant__ typename L::Parameters parameters, const __grid_constant__ Task task, int slices) {
+  const auto& args = parameters.args;
+  const int64_t index = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  if (index < args.rows) {
+    const float weight = args.weight.at(index, 1.f);
+    typename L::Row row{};
+    if (weight != 0) {
+      const auto read = [&](int i) { return reinterpret_cast<const typename L::Partial*>(task.partials)[index * slices + i]; };
+      row = L::merge(parameters, slices, read, -1, lane);
+    }
+    if (lane == 0) L::finish_row(parameters, row, weight, index);
+  }
+  finish<float>(task, args.row_loss, args.rows);
+}
+
+// Gradients from what the forward left of a row: L::Backward<H> computes those of a vector.
+template <class L, class H>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    backward_kernel(const __grid_constant__ typename L::Parameters parameters, const __grid_constant__ Task task) {
+  const auto& args = parameters.args;
+  const Plan& plan = task.plan;
+  const Team team(plan);
+  const unsigned teams = plan.team > 32 ? 1 : plan.threads / plan.team;
+  const int64_t place = int64_t(blockIdx.x) * teams + (plan.team > 32 ? 0 : threadIdx.x / plan.team);
+  const int64_t index = plan.slices == 1 ? place : int64_t(blockIdx.x / unsigned(plan.slices));
+  const int slice_index = plan.slices == 1 ? 0 : int(blockIdx.x % unsigned(plan.slices));
+  if (index >= args.rows) return;
+
+  const void* student =
+      static_cast<const char*>(args.student.data) + args.student.rows.offset(index) * size_of(args.student.dtype);
+  const void* teacher =
+      static_cast<const char*>(args.teacher.data) + args.teacher.rows.offset(index) * size_of(args.teacher.dtype);
+  const RowSpan span(H::width, student, args.student.dtype, teacher, args.teacher.dtype, args.classes);
+  const GradientRow grad_student(args.grad_student, index, span), grad_teacher(args.grad_teacher, index, span);
+  const float weight = args.weight.at(index, 1.f);
+  if (weight == 0) {
+    if (slice_index > 0) return;
+    grad_student.zero(team, 0);
+    grad_teacher.zero(team, 0);
+    return;
+  }
+  if (slice_index == plan.slices - 1) {
+    grad_student.zero(team, args.classes);
+    grad_teacher.zero(team, args.classes);
+  }
+  const float factor = args.grad_loss.at(index, 1.f) * float(args.grad_scale) * weight / task.divisor.at(0, float(task.number));
+  const typename L::Backward backward(parameters, index, factor);
+  const Slice slice(team, plan, span, slice_index);
+#pragma unroll 1
+  for (int step = 0; step < slice.steps; ++step) {
+    const H s = slice.load<H>(student, args.student.dtype, span, step),
+            t = slice.load<H>(teacher, args.teacher.dtype, span, step);
+    float for_student[H::width], for_teacher[H::width];
+    backward.vector(parameters, s, t, for_student, for_teacher);
+    if (grad_student) slice.store<H>(for_student, grad_student, span, step);
+    if (grad_teacher) slice.store<H>(for_teacher, grad_teacher, span, step);
+  }
+}
+
+// ---- on the host: the launches of a call
+// ---------------------------------------------------------------------------------------
+
+inline bool is_wide(DType student, DType teacher) { return student == DType::f64 || teacher == DType::f64; }
+inline int vector_width(DType student, DType teacher) {
+  return size_of(student) == 2 && student == teacher ? HeldBF16::width : HeldFloat::width;
+}
+
+template <class L>
+Plan plan_of(const typename L::Args& args) {
+  if (is_wide(args.student.dtype, args.teacher.dtype)) {
+    Plan plan;
+    plan.team = plan.threads = 256;
+    plan.blocks = args.rows;
+    return plan;
+  }
+  return plan_rows(args.rows, vectors_of_row(args.student, args.classes, vector_width(args.student.dtype, args.teacher.dtype)));
+}
+
+template <class L>
+Workspace workspace_of(const typename L::Args& args, const Plan& plan, void* base, int stats) {
+  const bool wide = is_wide(args.student.dtype, args.teacher.dtype), apart = plan.slices > 1 && !plan.cluster;
+  return Workspace(base, args.rows * (wide ? 8 : 4), apart ? args.rows * stats * 4 : 0,
+                   apart ? args.rows * plan.slices * sizeof(typename L::Partial) : 0);
+}
+template <class L>
+size_t workspace_bytes(const typename L::Args& args, int stats) {
+  return workspace_of<L>(args, plan_of<L>(args), nullptr, stats).bytes;
+}
+
+// The kernel's instance for how logits of these dtypes are held.
+#define KDFAST_HELD(INSTANCE, ARGS)                                                \
+  ((ARGS).student.dtype != (ARGS).teacher.dtype ? (const void*)INSTANCE(HeldFloat) \
+   : (ARGS).student.dtype == DType::bf16        ? (const void*)INSTANCE(HeldBF16)  \
+   : (ARGS).student.dtype == DType::f16         ? (const void*)INSTANCE(HeldF16)   \
+                                                : (const void*)INSTANCE(HeldFloat))
+#define KDFAST_FORWARD(H) (forward_kernel<L, H, false>)
+#define KDFAST_FORWARD_GRADIENT(H) (forward_kernel<L, H, true>)
+#define KDFAST_BACKWARD(H) (backward_kernel<L, H>)
+
+template <class L>
+void run_backward(const typename L::Args& args, const Call& call, int stats, const char* name,
+                  void (*wide_kernel)(typename L::Args, Task)) {
+  if (args.rows == 0) return;
+  const cudaStream_t stream = static_cast<cudaStream_t>(call.stream);
+  Plan plan = plan_of<L>(args);
+  const Workspace memory = workspace_of<L>(args, plan, call.workspace, stats);
+  plan.cluster = false;
+  Task task{plan, resolve_divisor(call, args.weight, args.rows, memory.divisor), call.number, nullptr, nullptr, nullptr};
+  if (is_wide(args.student.dtype, args.teacher.dtype)) {
+    typename L::Args copy = args;
+    void* arguments[] = {&copy, &task};
+    return launch((const void*)wide_kernel, plan, stream, arguments, name, args.rows, args.classes);
+  }
+  typename L::Parameters parameters(args);
+  void* arguments[] = {&parameters, &task};
+  launch(KDFAST_HELD(KDFAST_BACKWARD, args), plan, stream, arguments, name, args.rows, args.classes);
+}
+
+template <class L>
+void run_forward(const typename L::Args& given, const Call& call, int stats, const char* name,
+                 void (*wide_kernel)(typename L::Args, Task)) {
+  typename L::Args args = given;
+  const cudaStream_t stream = static_cast<cudaStream_t>(call.stream);
+  Plan plan = plan_of<L>(args);
+  const Workspace memory = workspace_of<L>(args, plan, call.workspace, stats);
+  const bool wide = is_wide(args.student.dtype, args.teacher.dtype), apart = plan.slices > 1 && !plan.cluster;
+  const bool wants_gradient = args.grad_student.data != nullptr;
+  if (args.row_loss == nullptr) args.row_loss = memory.row_loss;
+  Task task{plan,           resolve_divisor(call, args.weight, args.rows, memory.divisor), call.number, call.loss, nullptr,
+            memory.partials};
+  if (args.rows == 0) return sum_nothing(task, wide, stream);
+  if (call.loss) task.ticket = zeroed_ticket(stream, memory.ticket);
+  if (wide) {
+    void* arguments[] = {&args, &task};
+    return launch((const void*)wide_kernel, plan, stream, arguments, name, args.rows, args.classes);
+  }
+  if (apart && wants_gradient && args.row_stats == nullptr) args.row_stats = memory.row_stats;
+  typename L::Parameters parameters(args);
+  void* arguments[] = {&parameters, &task};
+  if (!apart)
+    return launch(wants_gradient ? KDFAST_HELD(KDFAST_FORWARD_GRADIENT, args) : KDFAST_HELD(KDFAST_FORWARD, args), plan, stream,
+                  arguments, name, args.rows, args.classes);
+
+  launch(KDFAST_HELD(KDFAST_FORWARD, args), plan, stream, arguments, name, args.rows, args.classes);
+  Plan merging;
+  merging.threads = 128;
+  merging.blocks = unsigned((args.rows + 3) / 4);
+  void* merged[] = {&parameters, &task, &plan.slices};
+  launch((const void*)merge_kernel<L>, merging, stream, merged, name, args.rows, args.classes);
+  if (!wants_gradient) return;
+  launch(KDFAST_HELD(KDFAST_BACKWARD, args), plan, stream, arguments, name, args.rows, args.classes);
+}
+
+}  // namespace kdfast::cuda

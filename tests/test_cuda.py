@@ -1,0 +1,147 @@
+"""The CUDA kernels beyond the device-parametrised tests: every class of row length, odd starts, launches, traffic, registers.
+
+With no GPU, under an emulator of one: KDFAST_GPU_EMULATOR names its launcher (`LAUNCHER run [--stats FILE] -- COMMAND`),
+see .ci/run. PyTorch's own CUDA kernels need not run there: tensors are made and compared on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from helpers import BF16, F16, F32, F64, INF, Where
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(Where("cuda", "cpp") not in helpers.places(), reason="no CUDA device with kernels of kdfast"),
+]
+CUDA = Where("cuda", "cpp")
+
+# A length for each class of csrc/cuda/row_reduce.cu: part of a warp, a warp, a block, clusters of 2 to 16, the largest cluster,
+# slices merged by a second kernel.
+LENGTHS = (1, 7, 10, 100, 1000, 1003, 4096, 16384, 32000, 50257, 128256, 151936, 270000)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("k", LENGTHS)
+def test_every_row_length(k: int, dtype: torch.dtype) -> None:
+    n = 5 if k < 5000 else 2
+    weight = torch.tensor([1.0, 0.5, 0, 2, 1][:n])
+    for tau, regime, grads in ((4.0, "typical", "s"), (1.0, "far", "st")):
+        s, t = helpers.logits(regime, (n, k), (dtype, dtype))
+        helpers.check(CUDA, "kl_div_tau", s, t, tau=tau, grads=grads, row_weight=weight, reduction="mean")
+    s, t = helpers.logits("offset", (n, k), (dtype, dtype))
+    helpers.check(CUDA, "logit_mse", s, t)
+    helpers.check(CUDA, "logit_mse", s, t, center=True, grads="st", row_weight=weight)
+
+
+@pytest.mark.parametrize("pair", [(F16, F16), (F32, BF16), (BF16, F32), (BF16, F16), (F64, F64), (F64, BF16)], ids=str)
+@pytest.mark.parametrize("k", [10, 1003, 9001])
+def test_every_mixture(k: int, pair: tuple[torch.dtype, torch.dtype]) -> None:
+    s, t = helpers.logits("typical", (3, k), pair)
+    for tau in (0.5, 20.0, INF):
+        helpers.check(CUDA, "kl_div_tau", s, t, tau=tau, grads="st")
+    helpers.check(CUDA, "kl_div_tau", s, t, tau=2.0, teacher_tau=3.0)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("start", [1, 3, 5])
+@pytest.mark.parametrize("k", [9, 1003, 9001])
+def test_rows_that_begin_anywhere(k: int, start: int, dtype: torch.dtype) -> None:
+    """Rows whose starts share no alignment, with the other tensor or with the gradient; nothing outside them is touched."""
+    s, t = helpers.logits("typical", (3, k + 13), (dtype, dtype))
+    cut = lambda x: x[:, start : start + k]  # noqa: E731
+    helpers.check(CUDA, "kl_div_tau", s, t, tau=2.0, grads="st", view=cut)
+    helpers.check(CUDA, "kl_div_tau", s, t, tau=2.0, view=cut, teacher_view=lambda x: x[:, 2 : 2 + k])
+
+
+def test_a_class_masked_in_the_teacher_keeps_the_students_mass() -> None:
+    s, t = torch.tensor([[0.0, 0.0, -1.5]]), torch.tensor([[0.0, 0.0, -INF]])
+    helpers.check(CUDA, "kl_div_tau", s, t)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Rows 2**31 elements apart, as only a view has them: the addresses of row 1 are those of its own memory."""
+    k, apart = 1003, (1 << 31) + 24
+    s, t = helpers.logits("typical", (2, k), (BF16, BF16))
+    try:
+        far = torch.empty(apart + k, dtype=BF16, device="cuda")
+    except RuntimeError:
+        pytest.skip("needs 4.3 GB of device memory")
+    rows = far.as_strided((2, k), (apart, 1))
+    for r in range(2):
+        rows[r].copy_(s[r])
+    got = CUDA.call("kl_div_tau", rows, t.to("cuda"), tau=2.0)
+    helpers.check_loss(got.cpu(), helpers.oracle("kl_div_tau", s, t, tau=2.0), (s, t))
+
+
+# ---- registers ---------------------------------------------------------------------------------------------------------------
+
+
+def _cuobjdump() -> str | None:
+    places = [p for root in sys.path for p in Path(root).glob("triton/backends/nvidia/bin/cuobjdump")]
+    return str(places[0]) if places else None
+
+
+def test_registers_and_local_memory() -> None:
+    """At most 128 registers, for 512 threads a block. The loss-and-gradient kernels of 16-bit logits spill a few words."""
+    from kdfast import _C
+
+    tool = _cuobjdump()
+    if tool is None:
+        pytest.skip("no cuobjdump (pip install triton)")
+    text = subprocess.run([tool, "-res-usage", _C.__file__], capture_output=True, text=True, check=True).stdout
+    kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    assert len(kernels) > 10
+    for name, registers, stack, local in kernels:
+        known = "forward_kernel" in name and "16ELb1E" in name
+        assert int(registers) <= 128, name
+        assert int(local) == 0 and int(stack) <= (64 if known else 0), (name, registers, stack, local)
+
+
+# ---- launches and memory traffic, as the emulator counts them ----------------------------------------------------------------
+
+_STEP = """
+import torch, kdfast
+for k, rows in {cases}:
+    g = torch.Generator().manual_seed(0)
+    t = torch.randn(rows, k, generator=g) * 3
+    s = (t + torch.randn(rows, k, generator=g)).to(torch.{dtype}).to("cuda")
+    t = t.to(torch.{dtype}).to("cuda")
+    for gradient in (False, True):
+        kdfast.{loss}(s.detach().requires_grad_(gradient), t, backend="cpp")
+"""
+
+
+def _statistics(tmp_path: Path, loss: str, dtype: str, cases: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    launcher = os.environ.get("KDFAST_GPU_EMULATOR")
+    if not launcher:
+        pytest.skip("needs the emulator's counts (KDFAST_GPU_EMULATOR)")
+    counts = tmp_path / "counts.json"
+    step = _STEP.format(cases=cases, loss=loss, dtype=dtype)
+    subprocess.run([launcher, "run", "--stats", str(counts), "--", sys.executable, "-c", step], check=True)
+    return [launch for launch in map(json.loads, counts.read_text().splitlines()) if "kdfast" in launch["kernel"]]
+
+
+@pytest.mark.parametrize("loss", ["kl_div_tau", "logit_mse"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_one_launch_reads_each_logit_once(tmp_path: Path, loss: str, dtype: str) -> None:
+    cases = [(1000, 16), (1003, 16), (4096, 4), (32000, 1), (50257, 1), (128256, 1)]
+    launches = _statistics(tmp_path, loss, dtype, cases)
+    assert len(launches) == 2 * len(cases)  # the loss; the loss and the gradient
+    size = 2 if dtype == "bfloat16" else 4
+    for i, launch in enumerate(launches):
+        k, rows = cases[i // 2]
+        pairs, per_pair = k * rows, (3.1 if i % 2 else 2.05) * size
+        assert launch["load_bytes"] + launch["store_bytes"] <= per_pair * pairs, (k, launch)
+        bound = 1.03 if k % 8 == 0 else 1.15  # K = 1000: the first vector of every other row begins within a sector
+        for kind in ("load", "store")[: 1 + i % 2]:
+            assert launch[f"{kind}_sectors"] <= bound * launch[f"{kind}_sectors_ideal"], (k, kind)
