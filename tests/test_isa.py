@@ -18,8 +18,8 @@ from kdfast import _C
 HERE = pathlib.Path(__file__).parent
 INFO = _C.build_info()
 SELECTED = {
-    # whole tables: all widths (tails of every vector length), temperatures and regimes
-    "test_accuracy.py": "cpp and not fp32-bf16 and not fp64",
+    # whole tables: all widths (tails of every vector length), temperatures and regimes (the other types: below)
+    "test_accuracy.py": "cpp and not fp32-bf16 and not bf16-fp32 and not fp16 and not fp64 and not two_temperatures",
     # the paths with masks, strides and odd values; no process-wide tests (memory, threads), they do not depend on the
     # set
     "test_semantics.py": "cpp and ("

@@ -329,6 +329,18 @@ def test_the_limit_of_large_temperature_with_minus_inf_on_one_side(where: Where,
     assert got.loss.isinf().tolist() == [False, True, True, False]
 
 
+@WIDTHS
+@pytest.mark.parametrize("variant", ["mse", "mse-center"])
+def test_mse_with_minus_inf_on_one_side_is_infinite(where: Where, variant: str, k: int) -> None:
+    """As torch's mse_loss; centred too, which must not make inf - inf of it.  Other rows do not notice."""
+    s, t = (x.clone() for x in logits("typical", (5, k)))
+    s[1, 0] = s[3, k // 2] = -INF
+    t[2, k - 1] = -INF
+    for grads in ("s", "st"):
+        got = check(where, **VARIANTS[variant], student=s, teacher=t, reduction="none", grads=grads)
+        assert got.loss.isinf().tolist() == [False, True, True, True, False]
+
+
 @pytest.mark.parametrize("side", ["student", "teacher", "both"])
 @pytest.mark.parametrize("junk", [NAN, INF])
 @WIDTHS
@@ -411,6 +423,15 @@ def test_four_dimensions(where: Where, variant: str) -> None:
     for reduction, grads in (("batchmean", "s"), ("none", "st")):
         check(where, **VARIANTS[variant], student=s, teacher=t, reduction=reduction, grads=grads)
         check(where, **VARIANTS[variant], student=s, teacher=t, view=permuted, reduction=reduction, grads=grads)
+
+
+@variants
+def test_more_leading_dimensions_than_any_kernel_holds(where: Where, variant: str) -> None:
+    """Eight leading dimensions in reversed order: none of them merge."""
+    s, t = logits("typical", (2,) * 8 + (5,))
+    reverse = lambda x: x.permute(*reversed(range(8)), 8)  # noqa: E731
+    for reduction, grads in (("sum", "s"), ("none", "st")):
+        check(where, **VARIANTS[variant], student=s, teacher=t, view=reverse, reduction=reduction, grads=grads)
 
 
 @variants
