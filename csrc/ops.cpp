@@ -30,8 +30,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// ---- tensors to raw pointers
-// -------------------------------------------------------------------------------------------------
+// ---- tensors to raw pointers ---------------------------------------------------------------------------------------------
 
 DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -175,8 +174,7 @@ Tensor new_gradient(const Tensor& input, bool wanted) {
   return gradient;
 }
 
-// ---- what every loss's operators share
-// -----------------------------------------------------------------------------------------
+// ---- what every loss's operators share -----------------------------------------------------------------------------------
 
 struct Options {
   const OptionalTensor& row_weight;
@@ -410,8 +408,7 @@ struct Ops {
   }
 };
 
-// ---- kl_div_tau
-// ----------------------------------------------------------------------------------------------------------------
+// ---- kl_div_tau ----------------------------------------------------------------------------------------------------------
 
 struct KlDivTau {
   using Args = KlDivTauArgs;
@@ -434,8 +431,7 @@ struct KlDivTau {
   static double per_row(const Args&) { return 1; }
 };
 
-// ---- logit_mse
-// -----------------------------------------------------------------------------------------------------------------
+// ---- logit_mse -----------------------------------------------------------------------------------------------------------
 
 struct LogitMse {
   using Args = LogitMseArgs;
@@ -458,13 +454,12 @@ struct LogitMse {
   double per_row(const Args& args) const { return tau_limit ? 1 : double(args.classes); }
 };
 
-// ---- operators
-// -----------------------------------------------------------------------------------------------------------------
+// ---- operators -----------------------------------------------------------------------------------------------------------
 //
 // Every loss has four:
 //   X_forward           -> (loss, row_stats)       the loss, reduced; what the backward needs to know of each row
-//   X_forward_grad      -> (loss, grad_student)    the same and the student's gradient for grad_loss = 1, from one read of the
-//   logits X_backward          -> (grad_student, grad_teacher)    each an empty tensor where it is not wanted
+//   X_forward_grad      -> (loss, grad_student)    the same and the student's gradient for grad_loss = 1
+//   X_backward          -> (grad_student, grad_teacher)    each an empty tensor where it is not wanted
 //   X_backward_inplace  -> grad_teacher            the student's gradient overwrites its logits
 // `row_weight` one number a row; `denominator` (a tensor) or `divisor` (a number) replaces the reduction's own divisor;
 // `reduction` as kernels.h numbers it; `num_classes` -1: all columns.

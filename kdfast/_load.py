@@ -14,7 +14,9 @@ OLDEST_TORCH = "2.13"
 def check_torch(version: str) -> None:
     """Raises ImportError where `version` of torch is older than the stable ABI this package is built on."""
     if TorchVersion(version) < OLDEST_TORCH:
-        raise ImportError(f"kdfast {__version__} takes torch >= {OLDEST_TORCH}; found torch {version}. Upgrade it: pip install -U torch")
+        raise ImportError(
+            f"kdfast {__version__} takes torch >= {OLDEST_TORCH}; found torch {version}. Upgrade it: pip install -U torch"
+        )
 
 
 check_torch(torch.__version__)

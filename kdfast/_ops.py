@@ -39,7 +39,7 @@ SCALING = ("scale_gradient", "scale_gradient_inplace")
 def _loss(namespace: str, name: str, row_stats: Callable[..., int], definition: Callable[..., Tensor]) -> Loss:
     ops = getattr(torch.ops, namespace)
     names = (*(f"{name}_{kind}" for kind in KINDS), *SCALING)
-    return Loss(*(getattr(ops, each).default for each in names), row_stats, definition)
+    return Loss._make([*(getattr(ops, each).default for each in names), row_stats, definition])
 
 
 def _losses(namespace: str) -> tuple[Loss, ...]:
@@ -90,9 +90,7 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def apply(
-    loss: Loss, student: Tensor, teacher: Tensor, options: Options, parameters: Parameters, inplace: bool
-) -> Tensor:
+def apply(loss: Loss, student: Tensor, teacher: Tensor, options: Options, parameters: Parameters, inplace: bool) -> Tensor:
     """Runs a loss's kernels, under autograd where a gradient is required."""
     if not (torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)):
         value: Tensor = loss.forward(student, teacher, *options, *parameters)[0]
@@ -111,7 +109,7 @@ class _Function(torch.autograd.Function):
     """Takes ctx in forward: a separate setup_context costs 20 us a call."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         student: Tensor,
         teacher: Tensor,
@@ -125,13 +123,14 @@ class _Function(torch.autograd.Function):
     ) -> Tensor:
         loss = LOSSES[index]
         kernel = loss.forward_grad if in_forward else loss.forward
+        value: Tensor
         value, kept = kernel(student, teacher, row_weight, denominator, *numbers, *parameters)
         ctx.save_for_backward(student, teacher, row_weight, denominator, kept)
         ctx.call = (loss, numbers, parameters, in_forward, inplace)
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, row_weight, denominator, kept = ctx.saved_tensors
         loss, numbers, parameters, in_forward, inplace = ctx.call
         for_student, for_teacher = ctx.needs_input_grad[:2]
@@ -204,7 +203,14 @@ def _register_fakes(loss: Loss) -> None:
         return logits.new_empty(logits.shape if wanted else (0,))
 
     def forward(
-        student: Tensor, teacher: Tensor, row_weight: Any, denominator: Any, divisor: Any, reduction: int, num_classes: int, *rest: Any
+        student: Tensor,
+        teacher: Tensor,
+        row_weight: Any,
+        denominator: Any,
+        divisor: Any,
+        reduction: int,
+        num_classes: int,
+        *rest: Any,
     ) -> tuple[Tensor, Tensor]:
         dtype = accumulate(student, teacher)
         rows = student.shape[:-1].numel()
@@ -214,7 +220,14 @@ def _register_fakes(loss: Loss) -> None:
         )
 
     def forward_grad(
-        student: Tensor, teacher: Tensor, row_weight: Any, denominator: Any, divisor: Any, reduction: int, num_classes: int, *rest: Any
+        student: Tensor,
+        teacher: Tensor,
+        row_weight: Any,
+        denominator: Any,
+        divisor: Any,
+        reduction: int,
+        num_classes: int,
+        *rest: Any,
     ) -> tuple[Tensor, Tensor]:
         value = student.new_empty((), dtype=accumulate(student, teacher))
         return value, gradient(student, True)

@@ -76,16 +76,28 @@ def kl_div_tau(
     teacher_tau = tau if teacher_tau is None else _temperature("teacher_tau", teacher_tau)
     if math.isinf(tau) or math.isinf(teacher_tau):
         if teacher_tau != tau:
-            raise ValueError(f"teacher_tau must equal tau where either is infinite; got tau={tau} and teacher_tau={teacher_tau}")
+            raise ValueError(
+                f"teacher_tau must equal tau where either is infinite; got tau={tau} and teacher_tau={teacher_tau}"
+            )
         if not scale_by_tau_squared:
             raise ValueError("scale_by_tau_squared must be true at tau=inf: without the factor the limit is identically 0")
-    loss, parameters = _ops.KL_DIV_TAU, (tau, teacher_tau, bool(scale_by_tau_squared))
+    loss = _ops.KL_DIV_TAU
+    parameters: _ops.Parameters = (tau, teacher_tau, bool(scale_by_tau_squared))
     if tau >= LIMIT_TAU and teacher_tau == tau and scale_by_tau_squared:
         wide = torch.float64 in (student_logits.dtype, teacher_logits.dtype)
         if math.isinf(tau) or not wide:
             loss, parameters = _ops.LOGIT_MSE, (True, True)
     return _call(
-        loss, parameters, student_logits, teacher_logits, reduction, row_weight, denominator, num_classes, inplace_backward, backend
+        loss,
+        parameters,
+        student_logits,
+        teacher_logits,
+        reduction,
+        row_weight,
+        denominator,
+        num_classes,
+        inplace_backward,
+        backend,
     )
 
 
@@ -135,9 +147,10 @@ def _temperature(name: str, value: object) -> float:
         raise TypeError(f"{name} must be a number, not a tensor (reading it would wait for the device); pass {name}.item()")
     if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
         raise TypeError(f"{name} must be a number >= {SMALLEST_TAU} or math.inf; got {type(value).__name__}")
-    if not value >= SMALLEST_TAU:
+    number = float(value)
+    if not number >= SMALLEST_TAU:
         raise ValueError(f"{name} must be a number >= {SMALLEST_TAU} or math.inf; got {value}")
-    return float(value)
+    return number
 
 
 def _call(
@@ -229,7 +242,9 @@ def _check_row_weight(row_weight: Tensor, student: Tensor) -> Tensor:
     if not isinstance(row_weight, Tensor):
         raise TypeError(f"row_weight must be a torch.Tensor or None; got {type(row_weight).__name__}")
     if row_weight.dtype != torch.bool and row_weight.dtype not in LOGIT_DTYPES:
-        raise TypeError(f"row_weight must be bool or a floating dtype; got {row_weight.dtype}. For an integer mask: mask.bool()")
+        raise TypeError(
+            f"row_weight must be bool or a floating dtype; got {row_weight.dtype}. For an integer mask: mask.bool()"
+        )
     if row_weight.shape != student.shape[:-1]:
         raise ValueError(
             f"row_weight must have the logits' leading dimensions {tuple(student.shape[:-1])}; got shape {tuple(row_weight.shape)}"
@@ -241,9 +256,7 @@ def _check_row_weight(row_weight: Tensor, student: Tensor) -> Tensor:
     return row_weight.contiguous()
 
 
-def _check_denominator(
-    denominator: Number | Tensor, student: Tensor, reduction: str
-) -> tuple[float | None, Tensor | None]:
+def _check_denominator(denominator: Number | Tensor, student: Tensor, reduction: str) -> tuple[float | None, Tensor | None]:
     """The denominator as a number, or as a tensor."""
     if reduction == "none":
         raise ValueError("denominator replaces the divisor of a scalar reduction; got one with reduction='none'")
@@ -268,9 +281,13 @@ def _check_inplace(student: Tensor, backend: str) -> None:
     if backend == "reference":
         raise ValueError("inplace_backward needs a kernel; got backend 'reference'")
     if student.requires_grad and student.is_leaf:
-        raise ValueError("inplace_backward would overwrite student_logits, a leaf that requires grad; it takes the output of a model")
+        raise ValueError(
+            "inplace_backward would overwrite student_logits, a leaf that requires grad; it takes the output of a model"
+        )
     if student.stride(-1) != 1:
-        raise ValueError("inplace_backward takes student_logits whose class dimension has stride 1; got strides " f"{student.stride()}")
+        raise ValueError(
+            f"inplace_backward takes student_logits whose class dimension has stride 1; got strides {student.stride()}"
+        )
     if any(stride == 0 and size > 1 for stride, size in zip(student.stride(), student.shape, strict=True)):
         raise ValueError(f"inplace_backward takes student_logits whose rows do not overlap; got strides {student.stride()}")
 

@@ -67,8 +67,8 @@ def test_compiles_without_a_gpu(capability: int) -> None:
         assert [kernel for kernel in kernels if kernel["spilled"]] == []
 
 
-# Bytes that a step's launches touch, each byte once a launch, per pair of bf16 logits. At K = 10 the eight floats that a row leaves for its backward weigh as much as its
-# logits, so its forward is left out.
+# Bytes that a step's launches touch, each byte once a launch, per pair of bf16 logits. At K = 10 the eight floats that a row leaves
+# for its backward weigh as much as its logits, so its forward is left out.
 FORWARD, RESIDENT, BEYOND = 4.1, 6.2, 10.2
 
 

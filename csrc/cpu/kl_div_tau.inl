@@ -1,8 +1,9 @@
-// softmax-KL at temperature tau on the CPU. Reads the student's and the teacher's logits; writes a loss and KlStat numbers a row,
-// and the gradients. kl_math.h has the formulas and the names.
+// softmax-KL at temperature tau on the CPU. Reads the student's and the teacher's logits; writes a loss and KlStat numbers a
+// row, and the gradients. kl_math.h has the formulas and the names.
 //
-// Forward goes over a row twice, and once more for the gradient; the row is in cache from the first pass on, and the pass that has
-// the most arithmetic fetches the next row. For the gradient the exponentials are kept in a scratch row, not computed again.
+// Forward goes over a row twice, and once more for the gradient; the row is in cache from the first pass on, and the pass that
+// has the most arithmetic fetches the next row. For the gradient the exponentials are kept in a scratch row, not computed
+// again.
 
 namespace kdfast::cpu::KDFAST_ISA {
 namespace {
@@ -70,7 +71,8 @@ struct KlRow {
     });
     const F s_top = largest(s_max), t_j = largest(t_max);
     F s_j = largest(t_max == t_j ? s_at_t_max : splat<V>(-inf));
-    if (s_j == -inf) s_j = k.ratio * t_j;  // the loss is infinite (the teacher has mass there): any finite reference will show it
+    if (s_j == -inf)
+      s_j = k.ratio * t_j;  // the loss is infinite (the teacher has mass there): any finite reference will show it
     // Differences of sixteen-bit logits are exact without an offset.
     const F offset = kSixteenBits ? F(0) : math::row_offset(s_j - k.ratio * t_j, largest(size));
     const F centre = (s_j - offset) - k.ratio * t_j;
@@ -204,8 +206,8 @@ struct KlDivTau {
       return;
     }
     const F factor = args.grad_loss.at(r, F(1)) * F(args.grad_scale) * weight;
-    row.template write_gradients<for_student, for_teacher>(weights, factor * F(args.scale / args.tau),
-                                                           factor * F(args.scale / args.teacher_tau), grad_student, grad_teacher);
+    row.template write_gradients<for_student, for_teacher>(
+        weights, factor * F(args.scale / args.tau), factor * F(args.scale / args.teacher_tau), grad_student, grad_teacher);
   }
 
   // Rows of few classes go through each pass together: what a row waits for between two passes is then another row's work.
@@ -283,7 +285,9 @@ template <class F, class S, class T>
 using KlDivTauBackward = typename KlDivTau<F, S, T>::Backward;
 
 void kl_div_tau_forward(const KlDivTauArgs& args, int64_t begin, int64_t end) { with_types<KlDivTauForward>(args, begin, end); }
-void kl_div_tau_backward(const KlDivTauArgs& args, int64_t begin, int64_t end) { with_types<KlDivTauBackward>(args, begin, end); }
+void kl_div_tau_backward(const KlDivTauArgs& args, int64_t begin, int64_t end) {
+  with_types<KlDivTauBackward>(args, begin, end);
+}
 
 }  // namespace
 }  // namespace kdfast::cpu::KDFAST_ISA

@@ -12,7 +12,8 @@ struct LogitMse {
   // Whether a class takes part: not where both sides are at -inf.
   KDFAST_INLINE static IntOf<V> counts(V s, V t) { return (s != -inf) | (t != -inf); }
 
-  // The row's mean difference, and the offset that its logits are read with (kl_math.h): the mean, then the mean of what is left.
+  // The row's mean difference, and the offset that its logits are read with (kl_math.h): the mean, then the mean of what is
+  // left.
   static void mean_difference(const S* student, const T* teacher, int64_t classes, F* stat) {
     F offset = 0, mean = 0, count = 0;
     for (int pass = 0; pass < 2; ++pass) {
@@ -113,7 +114,9 @@ template <class F, class S, class T>
 using LogitMseBackward = typename LogitMse<F, S, T>::Backward;
 
 void logit_mse_forward(const LogitMseArgs& args, int64_t begin, int64_t end) { with_types<LogitMseForward>(args, begin, end); }
-void logit_mse_backward(const LogitMseArgs& args, int64_t begin, int64_t end) { with_types<LogitMseBackward>(args, begin, end); }
+void logit_mse_backward(const LogitMseArgs& args, int64_t begin, int64_t end) {
+  with_types<LogitMseBackward>(args, begin, end);
+}
 
 }  // namespace
 }  // namespace kdfast::cpu::KDFAST_ISA

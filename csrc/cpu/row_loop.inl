@@ -8,8 +8,8 @@ const S* row_of(const Logits& logits, int64_t row) {
   return static_cast<const S*>(logits.data) + logits.rows.offset(row);
 }
 
-// Where a row's gradient goes. Large gradients are written past the caches: they come back from memory before they are used anyway,
-// and an ordinary store would first read the line it overwrites.
+// Where a row's gradient goes. Large gradients are written past the caches: they come back from memory before they are used
+// anyway, and an ordinary store would first read the line it overwrites.
 template <class S>
 struct GradientRow {
   static constexpr int64_t kStreamFromBytes = 8 << 20;
@@ -114,7 +114,8 @@ void scale_typed(void* out, const void* in, F factor, int64_t begin, int64_t end
   using V = typename VecOf<F>::type;
   const S* from = static_cast<const S*>(in) + begin;
   S* to = static_cast<S*>(out) + begin;
-  for_each_vector<V>(end - begin, 0, [&](int64_t i, auto lanes) { store(to + i, load<V>(from + i, lanes, 0) * factor, lanes); });
+  for_each_vector<V>(end - begin, 0,
+                     [&](int64_t i, auto lanes) { store(to + i, load<V>(from + i, lanes, 0) * factor, lanes); });
 }
 void scale_gradient(void* out, const void* in, DType dtype, double factor, int64_t begin, int64_t end) {
   const FlushSubnormals flush;

@@ -112,8 +112,8 @@ KDFAST_INLINE ScalarOf<V> largest(V v) {
   return reduce(v, Larger{});
 }
 
-// 2^x, rounded within an ulp, for x <= 0 (and a little above). Below the exponent range: 0 where `flush`, else the smallest normal
-// number; NaN for NaN.
+// 2^x, rounded within an ulp, for x <= 0 (and a little above). Below the exponent range: 0 where `flush`, else the smallest
+// normal number; NaN for NaN.
 template <bool flush, class V>
 KDFAST_INLINE V exp2_nonpositive(V x) {
   using F = ScalarOf<V>;
@@ -195,7 +195,8 @@ KDFAST_INLINE typename Half<V>::Bits narrow(typename Half<V>::Floats x, F16) {
   using Floats = typename Half<V>::Floats;
   const Words w = (Words)x, magnitude = w & 0x7FFFFFFFu;
   const Words normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
-  const Words subnormal = (Words)((Floats)magnitude + 0.5f) - (Words)(Floats{} + 0.5f);  // an ulp of 0.5 is a half's least number
+  const Words subnormal =
+      (Words)((Floats)magnitude + 0.5f) - (Words)(Floats{} + 0.5f);  // an ulp of 0.5 is a half's least number
   const Words infinite = magnitude > 0x7F800000u ? Words{} + 0x7E00u : Words{} + 0x7C00u;
   const Words small = magnitude < 113u << 23 ? subnormal : normal;
   return __builtin_convertvector((w & 0x80000000u) >> 16 | (magnitude >= 0x477FF000u ? infinite : small),
@@ -285,16 +286,16 @@ template <int half>
 KDFAST_INLINE VecD widened(VecF v) {
   constexpr int n = kLanes<VecF> / 2, at = half * n;
   if constexpr (n == 8)
-    return __builtin_convertvector(
-        __builtin_shufflevector(v, v, at, at + 1, at + 2, at + 3, at + 4, at + 5, at + 6, at + 7), VecD);
+    return __builtin_convertvector(__builtin_shufflevector(v, v, at, at + 1, at + 2, at + 3, at + 4, at + 5, at + 6, at + 7),
+                                   VecD);
   else if constexpr (n == 4)
     return __builtin_convertvector(__builtin_shufflevector(v, v, at, at + 1, at + 2, at + 3), VecD);
   else
     return __builtin_convertvector(__builtin_shufflevector(v, v, at, at + 1), VecD);
 }
 
-// A row's sum. A float holds the sum of one block of vectors at the most: over a long row of nearly equal terms each addition to a
-// running float would round the same way, a hundred times the error of a term in the end.
+// A row's sum. A float holds the sum of one block of vectors at the most: over a long row of nearly equal terms each addition
+// to a running float would round the same way, a hundred times the error of a term in the end.
 template <class V>
 struct Sum {
   static constexpr int64_t kBlock = 16 * kLanes<V>;
@@ -315,8 +316,8 @@ struct Sum {
   KDFAST_INLINE ScalarOf<V> value() const { return ScalarOf<V>(sum(low + high)); }
 };
 
-// Calls body(i, lanes) for every vector of a row: i its first class, lanes Full or, for the `head` classes before the vectors and
-// the last ones behind them, First. Carries the sums that the body adds to.
+// Calls body(i, lanes) for every vector of a row: i its first class, lanes Full or, for the `head` classes before the vectors
+// and the last ones behind them, First. Carries the sums that the body adds to.
 template <class V, class Body, class... Sums>
 KDFAST_INLINE void for_each_vector(int64_t classes, int64_t head, Body body, Sums&... sums) {
   int64_t i = head < classes ? head : classes;
@@ -330,7 +331,8 @@ KDFAST_INLINE void for_each_vector(int64_t classes, int64_t head, Body body, Sum
   (sums.carry(), ...);
 }
 
-// Subnormal results and operands read as zero while this lives: they cost a hundred cycles each and carry nothing a loss can show.
+// Subnormal results and operands read as zero while this lives: they cost a hundred cycles each and carry nothing a loss can
+// show.
 struct FlushSubnormals {
 #if defined(__SSE2__)
   unsigned saved = _mm_getcsr();
