@@ -196,7 +196,9 @@ def oracle(
     bad = np.isnan(s).any(-1) | np.isnan(t).any(-1) | (s == INF).any(-1) | (t == INF).any(-1)
     rows = np.where(lost, INF, rows)
     rows = np.where(bad, np.nan, rows)
-    gs, gt = (np.where(bad[:, None], np.nan, g) for g in (gs, gt))
+    # a softmax or a mean spreads NaN over the row; a plain squared difference keeps it in its element, as torch's mse_loss
+    spoilt = np.isnan(s) | np.isnan(t) if loss == "logit_mse" and not center else bad[:, None]
+    gs, gt = (np.where(spoilt, np.nan, g) for g in (gs, gt))
 
     terms = np.where(used, np.where(used, rows, 0) * weight, 0)
     per_row = {"none": 1, "sum": 1, "mean": weight.sum() if row_weight is not None else n, "batchmean": lead[0] if lead else 1}

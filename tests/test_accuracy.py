@@ -134,7 +134,7 @@ def test_mse(kernel: Where, k: int, regime: str, pair: str) -> None:
 
 
 @pytest.mark.parametrize("pair", ["fp32", "bf16", "fp64"])
-@pytest.mark.parametrize("k", [2, 10, 1003])  # narrower than a vector, one vector, many with a tail
+@pytest.mark.parametrize("k", [1, 2, 10, 1003])  # exactly zero, narrower than a vector, one vector, many with a tail
 @pytest.mark.parametrize("regime", ["typical", "peaked", "far", "offset"])
 def test_two_temperatures(where: Where, k: int, regime: str, pair: str) -> None:
     cases = [
