@@ -34,6 +34,10 @@ struct LogitMse {
       const F left = total.value() / (count > 0 ? count : 1);
       if (pass == 0) offset = math::row_offset(left, largest(size));
       mean = pass == 0 ? left - offset : mean + left;
+      if (mean - mean != 0) {  // infinite differences: around 0 the loss comes out infinite, and NaN only where a logit is NaN
+        mean = 0;
+        break;
+      }
     }
     stat[MseStat::offset] = offset;
     stat[MseStat::mean] = mean;
