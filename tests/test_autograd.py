@@ -50,8 +50,10 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "denominator": {"denominator": torch.tensor(3.0)},
     "num_classes": {"num_classes": 3},
 }
-extras = pytest.mark.parametrize(  # with one value a row there is no divisor to replace
-    "reduction, extra", [(r, e) for r in REDUCTIONS for e in EXTRAS if (r, e) != ("none", "denominator")]
+# Weights with every reduction; the rest once: a mask is a weight, a divisor is a divisor (the values are test_semantics.py's matter).
+extras = pytest.mark.parametrize(
+    "reduction, extra",
+    [(r, e) for r in REDUCTIONS for e in ("none", "weights")] + [("mean", e) for e in ("mask", "denominator", "num_classes")],
 )
 
 
