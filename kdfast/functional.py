@@ -288,8 +288,14 @@ def _check_inplace(student: Tensor, backend: str) -> None:
         raise ValueError(
             f"inplace_backward takes student_logits whose class dimension has stride 1; got strides {student.stride()}"
         )
-    if any(stride == 0 and size > 1 for stride, size in zip(student.stride(), student.shape, strict=True)):
-        raise ValueError(f"inplace_backward takes student_logits whose rows do not overlap; got strides {student.stride()}")
+    extent = 1  # of the dimensions of smaller strides, in elements
+    for stride, size in sorted(zip(student.stride(), student.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                raise ValueError(
+                    f"inplace_backward takes student_logits whose rows do not overlap; got strides {student.stride()}"
+                )
+            extent += (size - 1) * stride
 
 
 def _default_backend() -> str:

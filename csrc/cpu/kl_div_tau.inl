@@ -33,7 +33,8 @@ struct KlRow {
   const T* teacher = nullptr;
   int64_t classes = 0;
   F stat[KlStat::count] = {};
-  F rest = 0;  // of the plain form
+  F rest = 0;             // of the plain form
+  bool infinite = false;  // the student is at -inf where the teacher is not, be the mass there too small for a float
 
   KlRow() = default;
   KlRow(const KlTemperatures<F>& temperatures, const S* s, const T* t, int64_t n)
@@ -47,12 +48,11 @@ struct KlRow {
   KDFAST_INLINE V teacher_logits(int64_t i, Lanes lanes) const {
     return load<V>(teacher + i, lanes, -inf);
   }
-  KDFAST_INLINE V teacher_weight(V t) const {  // w; exactly 0 for a class at -inf and only there
-    const V w = exp2_nonpositive<false>((t - stat[KlStat::t_max]) * k.teacher_log2);
-    return t == -inf ? V{} : w;
+  KDFAST_INLINE V teacher_weight(V t) const {  // w
+    return exp2_nonpositive((t - stat[KlStat::t_max]) * k.teacher_log2);
   }
   KDFAST_INLINE V student_weight(V s) const {  // v
-    return exp2_nonpositive<true>((s - stat[KlStat::s_max]) * k.student_log2);
+    return exp2_nonpositive((s - stat[KlStat::s_max]) * k.student_log2);
   }
   KDFAST_INLINE V difference(V s, V t) const {  // x
     if constexpr (!kSixteenBits) s -= stat[KlStat::offset];
@@ -61,12 +61,13 @@ struct KlRow {
 
   // The pass for the maxima, and what follows from them.
   void find_reference() {
-    V s_max = splat<V>(-inf), t_max = s_max, s_at_t_max = s_max, size{};
+    V s_max = splat<V>(-inf), t_max = s_max, s_at_t_max = s_max, missing = s_max, size{};
     for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
       const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
       s_at_t_max = t > t_max ? s : s_at_t_max;
       t_max = vmax(t, t_max);
       s_max = vmax(s, s_max);
+      missing = vmax(s == -inf ? t : splat<V>(-inf), missing);
       if constexpr (!kSixteenBits) size = vmax(finite_magnitude(s), size);
     });
     const F s_top = largest(s_max), t_j = largest(t_max);
@@ -81,6 +82,7 @@ struct KlRow {
     stat[KlStat::offset] = offset;
     stat[KlStat::centre] = centre;
     rest = (s_top - s_j) * k.inv_tau;
+    infinite = largest(missing) > -inf;
   }
 
   // The pass for the sums. Leaves w and v in scratch rows where `keep`, and fetches another row.
@@ -93,7 +95,7 @@ struct KlRow {
       __builtin_prefetch(next_teacher + i, 0, 2);
       const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
       const V w = teacher_weight(t), v = student_weight(s), difference_or_nan = difference(s, t);
-      const V x = t == -inf ? V{} : difference_or_nan;  // 0 log 0
+      const V x = w == 0 ? V{} : difference_or_nan;  // 0 log 0
       const V wx = w * x;
       s0 += w;
       s1 += wx;
@@ -114,7 +116,8 @@ struct KlRow {
 
   // The row's numbers from its sums.
   void finish_row() {
-    const F inv_s0 = 1 / stat[KlStat::inv_s0], z = stat[KlStat::inv_z], mean = stat[KlStat::mean] * inv_s0;
+    const F inv_s0 = 1 / stat[KlStat::inv_s0], z = stat[KlStat::inv_z];
+    const F finite_mean = stat[KlStat::mean] * inv_s0, mean = infinite && finite_mean == finite_mean ? -inf : finite_mean;
     const F mean_excess = stat[KlStat::kl] * inv_s0;
     stat[KlStat::mean] = mean;
     stat[KlStat::inv_s0] = inv_s0;
@@ -135,7 +138,7 @@ struct KlRow {
     const auto add = [&](int64_t i, auto lanes) {
       const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
       const V w = teacher_weight(t), centred_or_nan = difference(s, t) - mean;
-      const V x = t == -inf ? V{} : centred_or_nan;
+      const V x = w == 0 ? V{} : centred_or_nan;
       excess += centred_or_nan * centred_or_nan < 1 ? w * math::phi_series(x) : (student_weight(s) * exp_rest - w) - w * x;
     };
     for_each_vector<V>(classes, 0, add, excess);
@@ -160,7 +163,7 @@ struct KlRow {
       }
       if constexpr (for_teacher) {
         const V g = w * p_teacher * (mean - x);
-        grad_teacher.put(i, t == -inf ? V{} : g, lanes);
+        grad_teacher.put(i, w == 0 ? V{} : g, lanes);
       }
     });
     grad_student.zero(classes);

@@ -25,7 +25,6 @@ struct VecOf<float> {
   typedef VecF type;
   typedef int32_t Int __attribute__((vector_size(KDFAST_VECTOR_BYTES)));
   static constexpr int mantissa = 23, lowest = -126;
-  static constexpr float smallest = 0x1p-126f;
   static constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
 };
 template <>
@@ -33,7 +32,6 @@ struct VecOf<double> {
   typedef VecD type;
   typedef int64_t Int __attribute__((vector_size(KDFAST_VECTOR_BYTES)));
   static constexpr int mantissa = 52, lowest = -1022;
-  static constexpr double smallest = 0x1p-1022;
   static constexpr double magic = 6755399441055744.0;
 };
 template <class V>
@@ -114,11 +112,9 @@ KDFAST_INLINE ScalarOf<V> largest(V v) {
 
 // 2^x, rounded within an ulp, for x <= 0 (and a little above). Below the exponent range: 0 where `flush`, else the smallest
 // normal number; NaN for NaN.
-template <bool flush, class V>
+template <class V>
 KDFAST_INLINE V exp2_nonpositive(V x) {
   using F = ScalarOf<V>;
-  using T = VecOf<F>;
-  const V lowest = splat<V>(F(T::lowest));
 #if defined(KDFAST_AVX512)
   V fraction, result;
   if constexpr (sizeof(F) == 4) {
@@ -128,14 +124,16 @@ KDFAST_INLINE V exp2_nonpositive(V x) {
     fraction = (V)_mm512_reduce_pd((__m512d)x, 0);
     result = (V)_mm512_scalef_pd((__m512d)math::polynomial<math::Exp2Series<F>>(fraction), (__m512d)(x - fraction));
   }
-  return flush ? result : vmax(splat<V>(T::smallest), result);  // (FlushSubnormals is on)
+  return result;  // (FlushSubnormals is on)
 #else
+  using T = VecOf<F>;
+  const V lowest = splat<V>(F(T::lowest));
   const V bounded = vmax(lowest, x);
   const V shifted = bounded + T::magic;
   const V fraction = bounded - (shifted - T::magic);
   const V mantissa = math::polynomial<math::Exp2Series<F>>(fraction);
   const V result = (V)((IntOf<V>)mantissa + ((IntOf<V>)shifted << T::mantissa));
-  return flush ? (x < lowest ? V{} : result) : result;
+  return x < lowest ? V{} : result;
 #endif
 }
 
