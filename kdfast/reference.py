@@ -50,7 +50,7 @@ def logit_mse(
     counted = (~out).sum(-1).to(d.dtype)
     if center:
         mean = d.sum(-1) / counted.clamp(min=1)
-        mean = torch.where(mean.isfinite(), mean, 0)  # infinite differences: the loss is infinite around any mean
+        mean = torch.where(d.isinf().any(-1), 0, mean)  # infinite differences: the loss is infinite around any mean
         d = torch.where(out, 0, d - mean.unsqueeze(-1))
     loss = (d * d).sum(-1)
     if tau_limit:

@@ -18,7 +18,7 @@ struct LogitMse {
     F offset = 0, mean = 0, count = 0;
     for (int pass = 0; pass < 2; ++pass) {
       Sum<V> total;
-      V size{};
+      V size{}, farthest{};
       IntOf<V> counted{};
       const auto add = [&](int64_t i, auto lanes) {
         const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf);
@@ -27,6 +27,7 @@ struct LogitMse {
         total += in ? left_or_nan : V{};
         counted -= in;
         size = vmax(finite_magnitude(s), size);
+        farthest = vmax(in ? left_or_nan * left_or_nan : V{}, farthest);
       };
       for_each_vector<V>(classes, 0, add, total);
       count = 0;
@@ -34,7 +35,7 @@ struct LogitMse {
       const F left = total.value() / (count > 0 ? count : 1);
       if (pass == 0) offset = math::row_offset(left, largest(size));
       mean = pass == 0 ? left - offset : mean + left;
-      if (mean - mean != 0) {  // infinite differences: around 0 the loss comes out infinite, and NaN only where a logit is NaN
+      if (largest(farthest) == inf) {  // infinite: around 0 so is the loss, and NaN only where a logit is NaN
         mean = 0;
         break;
       }
