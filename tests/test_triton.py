@@ -67,8 +67,7 @@ def test_compiles_without_a_gpu(capability: int) -> None:
         assert [kernel for kernel in kernels if kernel["spilled"]] == []
 
 
-# Bytes that a step's launches touch, each byte once a launch, per pair of bf16 logits. At K = 10 the eight floats that a row leaves
-# for its backward weigh as much as its logits, so its forward is left out.
+# Bytes that a step's launches touch, each byte once a launch, per pair of bf16 logits: what the L2 cache serves is not counted twice.
 FORWARD, RESIDENT, BEYOND = 4.1, 6.2, 10.2
 
 
@@ -85,8 +84,8 @@ def test_on_an_emulated_gpu(tmp_path: Path) -> None:
         moved = sum(launch["unique_load_bytes"] + launch["unique_store_bytes"] for launch in launches) / pairs if pairs else 0
         issued = sum(launch["thread_instructions"] for launch in launches) / pairs if pairs else 0
         print(f"K = {k} {pair} grads={grads!r}: {moved:.2f} bytes, {issued:.1f} instructions a pair")
-        if pair == "bf16" and grads in ("", "s") and (k > 10 or grads):
-            limit = FORWARD if not grads else RESIDENT if k <= 8192 else BEYOND
+        if pair == "bf16" and grads in ("", "s"):
+            limit = FORWARD if not grads else RESIDENT if k <= 32000 else BEYOND
             assert moved <= limit, (k, grads, moved)
     assert {k for k, *_ in cases} >= {10, 1000, 1003, 4096, 32000, 128256}
 
