@@ -44,8 +44,8 @@ def _loss(namespace: str, name: str, row_stats: Callable[..., int], definition: 
 
 def _losses(namespace: str) -> tuple[Loss, ...]:
     return (
-        _loss(namespace, "kl_div_tau", lambda tau, teacher_tau, scale_by_tau_squared: 8, reference.kl_div_tau),
-        _loss(namespace, "logit_mse", lambda center, tau_limit: 3 if center else 0, reference.logit_mse),
+        _loss(namespace, "kl_div_tau", lambda tau, teacher_tau, scale_by_tau_squared: 9, reference.kl_div_tau),
+        _loss(namespace, "logit_mse", lambda center, tau_limit: 4 if center else 0, reference.logit_mse),
     )
 
 
