@@ -258,7 +258,7 @@ def compiled_graph() -> None:
 def emulate() -> None:
     """Every launch is checked for memory errors and races; SOFTGPU_STATS holds one line of counts a launch."""
     where = h.Where("cuda", "triton")
-    for k, rows in ((10, 256), (1000, 8), (1003, 8), (4096, 4), (32000, 2), (128256, 1)):
+    for k, rows in ((10, 256), (1000, 8), (1003, 8), (4096, 4), (16000, 2), (32000, 2), (128256, 1)):
         for pair in ("bf16", "fp32"):
             student, teacher = h.logits("typical", (rows, k), h.PAIRS[pair])
             truth = h.oracle("kl_div_tau", student, teacher, 4.0, reduction="mean")
@@ -314,7 +314,7 @@ def compile_for(capability: int) -> None:
             registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", text).groups())
             yield {"kernel": name, "registers": registers, "spilled": stack + local, "warps": kernel.metadata.num_warps}
 
-    shapes = (10, 1000, 4096, 32000) if capability == 90 else (1000, 32000)
+    shapes = (10, 1000, 4096, 16000, 32000) if capability == 90 else (1000, 32000)
     for k in shapes:
         for dtype in (torch.bfloat16, torch.float32):
             student, teacher, one = torch.zeros(4, k, dtype=dtype), torch.zeros(4, k, dtype=dtype), torch.ones(())

@@ -338,8 +338,8 @@ def forward_tile(classes: int, itemsize: int, with_gradient: bool) -> tuple[int,
     c = max(16, triton.next_power_of_2(classes))
     wide = itemsize // 4
     # Twice as long a row with its gradient does not fit the registers; without one, nothing is gained from keeping it.
-    if c <= (8192 if with_gradient else 4096) // wide:
-        warps = 1 if c == 1024 else 2 if c <= 32 else max(4, c * wide // 512)  # one warp for a row of 1k: no barriers
+    if c <= (16384 if with_gradient else 4096) // wide:
+        warps = 1 if c == 1024 else 2 if c <= 32 else max(4, min(16, c * wide // 1024))  # one warp for a row of 1k: no barriers
         return max(1, 1024 // c), c, warps, True
     return 1, 4096 // wide, 8, False
 

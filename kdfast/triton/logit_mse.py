@@ -244,7 +244,7 @@ class LogitMse(Call):
 def forward_tile(classes: int, itemsize: int, center: bool, with_gradient: bool) -> tuple[int, int, int, bool]:
     """(rows a program, classes a tile, warps, whether a row lies in one tile)."""
     c = max(16, triton.next_power_of_2(classes))
-    largest = 2048 if not center else 8192 if with_gradient else 4096
+    largest = 2048 if not center else 16384 if with_gradient else 4096
     resident = c <= largest // (itemsize // 4)
     if not resident:
         c = 2048 // (itemsize // 4)
