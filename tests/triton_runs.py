@@ -1,6 +1,6 @@
 """What test_triton.py runs in processes of its own: under Triton's interpreter, through the emulator, and for the compiler alone.
 
-python triton_runs.py interpreter | emulator | compile CC
+python triton_runs.py interpreter | emulator COUNTS | compile CC
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import helpers as h
 import numpy as np
@@ -255,19 +256,23 @@ def compiled_graph() -> None:
 # ---------------------------------------------------------------------------------------------------------------- emulator
 
 
-def emulate() -> None:
-    """Every launch is checked for memory errors and races; SOFTGPU_STATS holds one line of counts a launch."""
+def emulate(counts: Path) -> None:
+    """Every launch is checked for memory errors, and leaves a line in `counts`. Prints which of its lines each case begins with."""
     where = h.Where("cuda", "triton")
+
+    def begin(*case: object) -> None:
+        show(json.dumps([*case, counts.read_text().count("\n") if counts.exists() else 0]))
+
     for k, rows in ((10, 256), (1000, 8), (1003, 8), (4096, 4), (16000, 2), (32000, 2), (128256, 1)):
         for pair in ("bf16", "fp32"):
             student, teacher = h.logits("typical", (rows, k), h.PAIRS[pair])
             truth = h.oracle("kl_div_tau", student, teacher, 4.0, reduction="mean")
             for grads in ("", "s", "st") if k < 100_000 else ("s",):
-                show("case", json.dumps([k, pair, rows * k, grads]))
+                begin(k, pair, rows * k, grads)
                 h.check(where, "kl_div_tau", student, teacher, tau=4.0, reduction="mean", grads=grads, truth=truth)
-            show("case", json.dumps([k, pair, rows * k, "mse"]))
+            begin(k, pair, rows * k, "mse")
             h.check(where, "logit_mse", student, teacher)
-    show("case", json.dumps([0, "", 0, "rest"]))
+    begin(0, "", 0, "")
     student, teacher = h.logits("typical", (4, 3, 24), h.PAIRS["bf16"])
     weight = torch.rand(4, 3, generator=torch.Generator().manual_seed(0)) > 0.4
     for loss in ("kl_div_tau", "logit_mse"):
@@ -333,6 +338,7 @@ def compile_for(capability: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"interpreter": interpret, "emulator": emulate, "compile": lambda: compile_for(int(sys.argv[2]))}[sys.argv[1]]()
+    kind, *rest = sys.argv[1:]
+    {"interpreter": interpret, "emulator": lambda: emulate(Path(*rest)), "compile": lambda: compile_for(int(*rest))}[kind]()
     show("done")
     os._exit(0)  # the emulator's threads may still be there
