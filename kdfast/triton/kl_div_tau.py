@@ -5,6 +5,7 @@ from one read. A longer row goes through block by block, and once more for its g
 all multiprocessors fit there.
 """
 
+import math
 from typing import Any
 
 import triton
@@ -77,26 +78,27 @@ def _load_stats(row_stats, row, mask):
 
 @triton.jit
 def _store_gradients(
-    w, v, y, mean, shift, inv_s0, inv_z, used, factor, tau, teacher_tau, scale, row, k, rows, classes,
+    w, v, y, mean, shift, inv_s0, inv_z, used, factor, for_student, for_teacher, row, k, rows, classes,
     grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width,
     F: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """A tile of the gradients that are wanted. The numbers of a row that is not used may be anything."""
     p_factor, q_factor = tl.where(used, factor * inv_s0, 0.0), tl.where(used, factor * inv_z, 0.0)
     if grad_student is not None:
-        f = number(scale / tau, F)
+        f = number(for_student, F)
         g = student_gradient(w, v, y - shift[:, None], (f * p_factor)[:, None], (f * q_factor)[:, None])
         store_gradient(grad_student, student_grad_layout, student_width, row, k, rows, classes, g, V, PADDED)
     if grad_teacher is not None:
         mean = tl.where(used, mean, 0.0)
-        g = teacher_gradient(w, y - mean[:, None], (number(scale / teacher_tau, F) * p_factor)[:, None])
+        g = teacher_gradient(w, y - mean[:, None], (number(for_teacher, F) * p_factor)[:, None])
         store_gradient(grad_teacher, teacher_grad_layout, teacher_width, row, k, rows, classes, g, V, PADDED)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def rows_kernel(
     student, student_layout, teacher, teacher_layout, row_weight, weight_stride, rows, classes,
-    tau: "fp64", teacher_tau: "fp64", scale: "fp64", divisor: "fp64", divisor_tensor,
+    ratio: "fp64", inv_tau: "fp64", student_log2: "fp64", teacher_log2: "fp64", scale: "fp64", for_student: "fp64", for_teacher: "fp64",
+    divisor: "fp64", divisor_tensor,
     loss, row_stats, grad_loss, grad_loss_stride,
     grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width,
     F: tl.constexpr, READ: tl.constexpr, PER_ROW: tl.constexpr, R: tl.constexpr, C: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
@@ -109,7 +111,7 @@ def rows_kernel(
     mask = used[:, None] & (k < aligned(classes, V))[None, :]
     s = load_tile(student, student_layout, row, k, mask, F, V)
     t = load_tile(teacher, teacher_layout, row, k, mask, F, V)
-    temps = temperatures(tau, teacher_tau, F)
+    temps = temperatures(ratio, inv_tau, student_log2, teacher_log2, F)
     frame, infinite, w = frame_of_tile(s, t, temps, READ)
     v = weight(s, frame[1][:, None], temps[2])
     y = centred(s, t, frame, temps, READ)
@@ -127,7 +129,7 @@ def rows_kernel(
         width = tl.maximum(student_width, teacher_width) if PADDED else 1  # beyond the first tile all is padding
         for start in range(0, width, C):
             _store_gradients(
-                w, v, y, mean, shift, 1.0 / s0, 1.0 / z, used, factor, tau, teacher_tau, scale, row, start + k, rows, classes,
+                w, v, y, mean, shift, 1.0 / s0, 1.0 / z, used, factor, for_student, for_teacher, row, start + k, rows, classes,
                 grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width, F, V, PADDED,
             )  # fmt: skip
 
@@ -135,7 +137,8 @@ def rows_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def blocks_kernel(
     student, student_layout, teacher, teacher_layout, row_weight, weight_stride, rows, classes,
-    tau: "fp64", teacher_tau: "fp64", scale: "fp64", divisor: "fp64", divisor_tensor,
+    ratio: "fp64", inv_tau: "fp64", student_log2: "fp64", teacher_log2: "fp64", scale: "fp64", for_student: "fp64", for_teacher: "fp64",
+    divisor: "fp64", divisor_tensor,
     loss, row_stats, grad_student, student_grad_layout, student_width,
     F: tl.constexpr, READ: tl.constexpr, PER_ROW: tl.constexpr, C: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +148,7 @@ def blocks_kernel(
     factor = weight_of(row_weight, weight_stride, row, rows, F)
     used = factor != 0.0
     end = aligned(classes, V)
-    temps = temperatures(tau, teacher_tau, F)
+    temps = temperatures(ratio, inv_tau, student_log2, teacher_log2, F)
 
     # All blocks in the frame of the first: nothing passes between threads until the end.
     mask = used[:, None] & (k < end)[None, :]
@@ -212,7 +215,7 @@ def blocks_kernel(
             w, v = weight(t, frame[0][:, None], temps[3]), weight(s, frame[1][:, None], temps[2])
             y = centred(s, t, frame, temps, READ)
             _store_gradients(
-                w, v, y, mean, shift, inv_s0, inv_z, used, factor, tau, teacher_tau, scale, row, at, rows, classes,
+                w, v, y, mean, shift, inv_s0, inv_z, used, factor, for_student, for_teacher, row, at, rows, classes,
                 grad_student, student_grad_layout, student_width, None, None, 0, F, V, PADDED,
             )  # fmt: skip
 
@@ -220,7 +223,8 @@ def blocks_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def gradient_kernel(
     student, student_layout, teacher, teacher_layout, row_weight, weight_stride, rows, classes,
-    tau: "fp64", teacher_tau: "fp64", scale: "fp64", divisor: "fp64", divisor_tensor,
+    ratio: "fp64", inv_tau: "fp64", student_log2: "fp64", teacher_log2: "fp64", scale: "fp64", for_student: "fp64", for_teacher: "fp64",
+    divisor: "fp64", divisor_tensor,
     row_stats, grad_loss, grad_loss_stride,
     grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width, blocks,
     F: tl.constexpr, READ: tl.constexpr, R: tl.constexpr, C: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
@@ -236,11 +240,11 @@ def gradient_kernel(
     t = load_tile(teacher, teacher_layout, row, k, mask, F, V)
     frame, mean, shift, inv_s0, inv_z = _load_stats(row_stats, row, used)
     factor *= grad_scale(divisor, divisor_tensor, F) * grad_loss_of(grad_loss, grad_loss_stride, row, rows, F)
-    temps = temperatures(tau, teacher_tau, F)
+    temps = temperatures(ratio, inv_tau, student_log2, teacher_log2, F)
     w, v = weight(t, frame[0][:, None], temps[3]), weight(s, frame[1][:, None], temps[2])
     y = centred(s, t, frame, temps, READ)
     _store_gradients(
-        w, v, y, mean, shift, inv_s0, inv_z, used, factor, tau, teacher_tau, scale, row, k, rows, classes,
+        w, v, y, mean, shift, inv_s0, inv_z, used, factor, for_student, for_teacher, row, k, rows, classes,
         grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width, F, V, PADDED,
     )  # fmt: skip
 
@@ -254,7 +258,11 @@ class KlDivTau(Call):
     def __init__(self, student: Tensor, teacher: Tensor, *rest: Any) -> None:
         *options, tau, teacher_tau, scale_by_tau_squared = rest
         super().__init__(student, teacher, *options)
-        self.temperatures = (tau, teacher_tau, tau * tau if scale_by_tau_squared else 1.0)
+        scale = tau * tau if scale_by_tau_squared else 1.0
+        log2_e = 1 / math.log(2)
+        self.temperatures = (
+            tau / teacher_tau, 1 / tau, log2_e / tau, log2_e / teacher_tau, scale, scale / tau, scale / teacher_tau
+        )  # fmt: skip
         sixteen_bits = student.element_size() == 2 and teacher.element_size() == 2
         self.constants["READ"] = "scaled" if tau != teacher_tau else "exact" if sixteen_bits else "shifted"
         self.row_bytes = self.classes * (student.element_size() + teacher.element_size())
@@ -326,8 +334,8 @@ class KlDivTau(Call):
         )  # fmt: skip
 
 
-# A table rather than autotuning: a tile's width follows from the number of classes and from the registers (16 classes a thread leave
-# room for two blocks a multiprocessor), so there is little to choose, and the choice is the same on every run.
+# A table rather than autotuning: a tile's width follows from the number of classes and from the registers (32 classes a thread, or 8 in
+# float64, take all of the 128 that 16 warps leave to each), so there is little to choose, and the choice is the same on every run.
 
 # Bytes of a row of both logits, of which two for each of 132 multiprocessors fit the 50 MiB L2 cache of an H100.
 IN_L2 = 1 << 17
@@ -336,12 +344,12 @@ IN_L2 = 1 << 17
 def forward_tile(classes: int, itemsize: int, with_gradient: bool) -> tuple[int, int, int, bool]:
     """(rows a program, classes a tile, warps, whether a row lies in one tile)."""
     c = max(16, triton.next_power_of_2(classes))
-    wide = itemsize // 4
-    # Twice as long a row with its gradient does not fit the registers; without one, nothing is gained from keeping it.
-    if c <= (16384 if with_gradient else 4096) // wide:
-        warps = 1 if c == 1024 else 2 if c <= 32 else max(4, min(16, c * wide // 1024))  # one warp for a row of 1k: no barriers
-        return max(1, 1024 // c), c, warps, True
-    return 1, 4096 // wide, 8, False
+    double = itemsize == 8
+    if c <= (4096 if double or not with_gradient else 16384):  # without a gradient nothing is gained from keeping a longer row
+        together = 512 if double else 1024
+        a_warp = 256 if double else 1024  # classes: a row of 1k in one warp needs no barriers
+        return max(1, together // c), c, 2 if c <= 32 else 4 if c < 1024 else c // a_warp, True
+    return 1, 2048 if double else 4096, 8, False
 
 
 def gradient_tile(width: int, itemsize: int) -> tuple[int, int, int]:

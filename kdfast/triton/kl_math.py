@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 # Constants of the module, not of a function: a float given a name inside a kernel is float32.
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 STABLE_BELOW = tl.constexpr(0.5)
 SMALLEST = tl.constexpr(1.1754943508222875e-38)
@@ -29,9 +28,9 @@ def number(x, F: tl.constexpr):
 
 
 @triton.jit
-def temperatures(tau, teacher_tau, F: tl.constexpr):
+def temperatures(ratio, inv_tau, student_log2, teacher_log2, F: tl.constexpr):
     """(tau / teacher_tau, 1 / tau, log2(e) / tau, log2(e) / teacher_tau): what `temps` is below."""
-    return number(tau / teacher_tau, F), number(1.0 / tau, F), number(LOG2_E / tau, F), number(LOG2_E / teacher_tau, F)
+    return number(ratio, F), number(inv_tau, F), number(student_log2, F), number(teacher_log2, F)
 
 
 @triton.jit

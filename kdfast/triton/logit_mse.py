@@ -244,11 +244,16 @@ class LogitMse(Call):
 def forward_tile(classes: int, itemsize: int, center: bool, with_gradient: bool) -> tuple[int, int, int, bool]:
     """(rows a program, classes a tile, warps, whether a row lies in one tile)."""
     c = max(16, triton.next_power_of_2(classes))
-    largest = 2048 if not center else 16384 if with_gradient else 4096
-    resident = c <= largest // (itemsize // 4)
+    double = itemsize == 8
+    largest = 2048 if not center else 4096 if double or not with_gradient else 16384
+    resident = c <= largest
     if not resident:
-        c = 2048 // (itemsize // 4)
-    return max(1, 1024 // c), c, 1 if c == 1024 else 2 if c <= 32 else max(4, min(16, c // 512)), resident
+        c = 2048
+    if c <= 1024:
+        warps = 2 if c <= 32 else 1 if c == 1024 and not double else 4  # one warp for a row of 1k: no barriers
+    else:
+        warps = max(4, min(16, c // (256 if double else 512)))
+    return max(1, (512 if double else 1024) // c), c, warps, resident
 
 
 OPERATORS = operators(LogitMse)
