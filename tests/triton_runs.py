@@ -321,7 +321,7 @@ def compile_for(capability: int) -> None:
 
     shapes = (10, 1000, 4096, 16000, 32000) if capability == 90 else (1000, 32000)
     for k in shapes:
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
             student, teacher, one = torch.zeros(4, k, dtype=dtype), torch.zeros(4, k, dtype=dtype), torch.ones(())
             for loss, extra in (("kl_div_tau", (4.0, 4.0, True)), ("logit_mse", (True, True))):
                 rest = (None, None, None, 3, -1, *extra)
