@@ -326,7 +326,7 @@ struct KlDivTau {
   // Rows of few classes go through each pass together: what a row waits for between two passes is then another row's work.
   static constexpr int kTogether = 16, kTogetherClasses = 2048;
   // Rows longer than this do not keep w and v, which would drive the logits out of the cache.
-  static constexpr int64_t kKeptBytes = 1 << 20;
+  static constexpr int64_t kKeptBytes = 3 << 19;
 
   // `gradient`: the student's, too.
   template <bool gradient, bool keep>
