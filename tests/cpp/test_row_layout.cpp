@@ -1,6 +1,7 @@
 // Offsets of rows beyond 2^31 elements, which no other test has the memory for.
 #include <cstdint>
 #include <cstdio>
+#include <initializer_list>
 
 #include "kernels.h"
 
