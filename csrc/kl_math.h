@@ -70,7 +70,19 @@ KDFAST_INLINE V polynomial(V x) {
 
 // Chebyshev interpolants on the interval named, to the precision of the type.
 template <class F>
-struct PhiSeries;  // (e^x - 1 - x) / x^2 on [-1, 1]
+struct PhiSeries;       // (e^x - 1 - x) / x^2 on [-1, 1]
+struct WidePhiSeries {  // the same on [-2, 2], 5.7e-8 relative
+  static constexpr float of[] = {0.5f,
+                                 0.166666672f,
+                                 0.0416666120f,
+                                 0.00833332911f,
+                                 0.00138899882f,
+                                 0.000198421097f,
+                                 0.0000247249900f,
+                                 0.00000274987678f,
+                                 0.000000297212551f,
+                                 0.0000000267087172f};
+};
 template <class F>
 struct Exp2Series;  // 2^x on [-1/2, 1/2]
 template <>
@@ -121,7 +133,7 @@ KDFAST_INLINE float log(float x) { return ::logf(x); }
 KDFAST_INLINE double log(double x) { return ::log(x); }
 KDFAST_INLINE float exp(float x) { return ::expf(x); }
 KDFAST_INLINE double exp(double x) { return ::exp(x); }
-// Within two ulp for x >= 0: the logarithm of the rounded 1 + x, and the rounding made good.
+// Within a few ulp for x >= -0.9: the logarithm of the rounded 1 + x, and the rounding made good.
 template <class F>
 KDFAST_INLINE F log1p(F x) {
   const F sum = 1 + x;
@@ -144,8 +156,9 @@ KDFAST_INLINE double power_of_two(double x) {
 }
 
 // The shift `d` between student and teacher in units of 2^-7 of the power of two at or below `size`, the largest finite
-// magnitude of the logits. It is subtracted from the side that has the larger logit at the teacher's maximum, which carries it. Being that coarse, its subtraction from a logit rounds nothing away but where it is far
-// larger than the logit, and a shift too small to matter is left alone (0).
+// magnitude of the logits. It is subtracted from the side that has the larger logit at the teacher's maximum, which carries it.
+// Being that coarse, its subtraction from a logit rounds nothing away but where it is far larger than the logit, and a shift
+// too small to matter is left alone (0).
 template <class F>
 KDFAST_INLINE F row_offset(F d, F size) {
   constexpr F round = sizeof(F) == 4 ? F(12582912.0) : F(6755399441055744.0);  // 1.5 * 2^23, 1.5 * 2^52
