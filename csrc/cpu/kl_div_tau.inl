@@ -75,7 +75,7 @@ struct KlRow {
     V s_max = splat<V>(-inf), t_max = s_max, s_at_t_max = s_max, s_min = splat<V>(inf), t_min = s_min, d_max = s_max,
       d_min = s_min;
     // (What fills the last vector changes no extremum.)
-    const F s_first = load<V>(student, First{1}, 0)[0], t_first = load<V>(teacher, First{1}, 0)[0];
+    const F s_first = load<V>(student, First{classes > 0}, 0)[0], t_first = load<V>(teacher, First{classes > 0}, 0)[0];
     for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
       const V s = student_logits(i, lanes, s_first), t = teacher_logits(i, lanes, t_first), d = s - t;
       s_at_t_max = t > t_max ? s : s_at_t_max;
