@@ -132,11 +132,20 @@ struct LogitMseArgs {
   Numbers weight;  // data == nullptr: all ones. A row of weight 0 is not read.
 
   void* row_loss = nullptr;
-  void* row_stats = nullptr;  // kMseStats a row, only with center
+  void* row_stats = nullptr;  // as MseStat lists them, only with center
 
   Numbers grad_loss;  // data == nullptr: 1
   double grad_scale = 1;
   Gradient grad_student, grad_teacher;
+};
+
+// The same with another function of the differences x = d - c in the place of x^2:
+//   smooth_l1:  x^2 / (2 delta) where |x| < delta, else |x| - delta / 2
+//   else:       delta^2 (sqrt(1 + (x / delta)^2) - 1)
+// With center a gradient is the slope minus the row's mean slope. per_class and scale stay at their defaults.
+struct LogitHuberArgs : LogitMseArgs {
+  double delta = 1;
+  bool smooth_l1 = false;
 };
 
 namespace cpu {
@@ -146,6 +155,8 @@ void kl_div_tau_forward(const KlDivTauArgs& args, int64_t begin, int64_t end);
 void kl_div_tau_backward(const KlDivTauArgs& args, int64_t begin, int64_t end);
 void logit_mse_forward(const LogitMseArgs& args, int64_t begin, int64_t end);
 void logit_mse_backward(const LogitMseArgs& args, int64_t begin, int64_t end);
+void logit_huber_forward(const LogitHuberArgs& args, int64_t begin, int64_t end);
+void logit_huber_backward(const LogitHuberArgs& args, int64_t begin, int64_t end);
 
 // out[i] = in[i] * factor for i in [begin, end); out and in may be the same.
 void scale_gradient(void* out, const void* in, DType dtype, double factor, int64_t begin, int64_t end);

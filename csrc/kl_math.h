@@ -35,6 +35,10 @@ struct MseStat {
   enum { offset, mean, inv_classes, count };
 };
 
+struct HuberStat : MseStat {
+  enum { slope = MseStat::count, count };  // the row's mean slope, which `center` takes from every class's
+};
+
 namespace math {
 
 template <class V>

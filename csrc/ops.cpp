@@ -454,6 +454,25 @@ struct LogitMse {
   double per_row(const Args& args) const { return tau_limit ? 1 : double(args.classes); }
 };
 
+// ---- logit_huber ---------------------------------------------------------------------------------------------------------
+
+struct LogitHuber {
+  using Args = LogitHuberArgs;
+  static constexpr auto forward = cpu::logit_huber_forward;
+  static constexpr auto backward = cpu::logit_huber_backward;
+
+  double delta;
+  bool smooth_l1, center;
+
+  void fill(Args& args) const {
+    args.delta = delta;
+    args.smooth_l1 = smooth_l1;
+    args.center = center;
+  }
+  int64_t stats() const { return center ? HuberStat::count : 0; }
+  static double per_row(const Args& args) { return double(args.classes); }
+};
+
 // ---- operators -----------------------------------------------------------------------------------------------------------
 //
 // Every loss has four:
@@ -500,6 +519,7 @@ struct LogitMse {
 KDFAST_LOSS(kl_div_tau, KlDivTau, (double tau, double teacher_tau, bool scale_by_tau_squared),
             (tau, teacher_tau, scale_by_tau_squared))
 KDFAST_LOSS(logit_mse, LogitMse, (bool center, bool tau_limit), (center, tau_limit))
+KDFAST_LOSS(logit_huber, LogitHuber, (double delta, bool smooth_l1, bool center), (delta, smooth_l1, center))
 
 template <class Device>
 void scale_into(const Tensor& out, const Tensor& gradient, const Tensor& grad_loss) {
@@ -544,11 +564,12 @@ void scale_gradient_inplace(const Tensor& gradient, const Tensor& grad_loss) {
 STABLE_TORCH_LIBRARY(kdfast, library) {
   KDFAST_SCHEMAS("kl_div_tau", "float tau, float teacher_tau, bool scale_by_tau_squared")
   KDFAST_SCHEMAS("logit_mse", "bool center, bool tau_limit")
+  KDFAST_SCHEMAS("logit_huber", "float delta, bool smooth_l1, bool center")
   library.def("scale_gradient(Tensor gradient, Tensor grad_loss) -> Tensor");
   library.def("scale_gradient_inplace(Tensor(a!) gradient, Tensor grad_loss) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, library){KDFAST_REGISTER(OnCpu)}
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, library){KDFAST_REGISTER(OnCpu) KDFAST_REGISTER_LOSS(logit_huber, OnCpu)}
 #ifdef KDFAST_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, library) {
   KDFAST_REGISTER(OnCuda)

@@ -30,6 +30,8 @@ class Loss(NamedTuple):
     scale_gradient_inplace: Any
     row_stats: Callable[..., int]
     reference: Callable[..., Tensor]
+    name: str
+    has_cuda_kernels: bool  # C++, in this build
 
 
 KINDS = ("forward", "forward_grad", "backward", "backward_inplace")
@@ -38,15 +40,21 @@ SCALING = ("scale_gradient", "scale_gradient_inplace")
 
 def _loss(namespace: str, name: str, row_stats: Callable[..., int], definition: Callable[..., Tensor]) -> Loss:
     ops = getattr(torch.ops, namespace)
-    names = (*(f"{name}_{kind}" for kind in KINDS), *SCALING)
-    return Loss._make([*(getattr(ops, each).default for each in names), row_stats, definition])
+    operators = [getattr(ops, each).default for each in (*(f"{name}_{kind}" for kind in KINDS), *SCALING)]
+    has_cuda_kernels = HAS_CUDA_KERNELS and torch._C._dispatch_has_kernel_for_dispatch_key(operators[0].name(), "CUDA")
+    return Loss._make([*operators, row_stats, definition, name, has_cuda_kernels])
 
 
-def _losses(namespace: str) -> tuple[Loss, ...]:
-    return (
-        _loss(namespace, "kl_div_tau", lambda tau, teacher_tau, scale_by_tau_squared: 8, reference.kl_div_tau),
-        _loss(namespace, "logit_mse", lambda center, tau_limit: 3 if center else 0, reference.logit_mse),
-    )
+def _kl_div_tau(namespace: str) -> Loss:
+    return _loss(namespace, "kl_div_tau", lambda tau, teacher_tau, scale_by_tau_squared: 8, reference.kl_div_tau)
+
+
+def _logit_mse(namespace: str) -> Loss:
+    return _loss(namespace, "logit_mse", lambda center, tau_limit: 3 if center else 0, reference.logit_mse)
+
+
+def _logit_huber(namespace: str) -> Loss:
+    return _loss(namespace, "logit_huber", lambda delta, smooth_l1, center: 4 if center else 0, reference.logit_huber)
 
 
 def _triton_operator(name: str) -> Callable[..., Any]:
@@ -75,14 +83,15 @@ def _define_triton(losses: tuple[Loss, ...]) -> list[torch.library.Library]:
     return [twins, stand_ins]  # an implementation lives as long as its library
 
 
-KL_DIV_TAU, LOGIT_MSE = _losses("kdfast")
+KL_DIV_TAU, LOGIT_MSE, LOGIT_HUBER = (make("kdfast") for make in (_kl_div_tau, _logit_mse, _logit_huber))
 _libraries = _define_triton((KL_DIV_TAU, LOGIT_MSE))
-LOSSES = (KL_DIV_TAU, LOGIT_MSE, *_losses("kdfast_triton"))
+_TRITON = {loss.name: loss for loss in (make("kdfast_triton") for make in (_kl_div_tau, _logit_mse))}
+LOSSES = (KL_DIV_TAU, LOGIT_MSE, LOGIT_HUBER, *_TRITON.values())
 
 
-def on_triton(loss: Loss) -> Loss:
-    """The same loss by Triton's kernels."""
-    return LOSSES[LOSSES.index(loss) + 2]
+def on_triton(loss: Loss) -> Loss | None:
+    """The same loss by Triton's kernels; None where there are none."""
+    return _TRITON.get(loss.name)
 
 
 def transformed() -> bool:

@@ -4,21 +4,24 @@ import math
 import numbers
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kdfast import _ops
-from kdfast._load import HAS_CUDA_KERNELS, HAS_TRITON
+from kdfast._load import HAS_TRITON
 
 Number = float | int
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}  # as csrc/kernels.h numbers them
+HUBER_KINDS = ("pseudo", "smooth_l1")
 BACKENDS = ("auto", "cpp", "triton", "reference")
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DENOMINATOR_DTYPES = (*LOGIT_DTYPES, torch.int64, torch.int32)
 
 SMALLEST_TAU = 1e-15
+SMALLEST_DELTA, LARGEST_DELTA = 1e-15, 1e15
 # From here on a float32 computation takes the limit itself: the loss differs from it by less than |s - t| / tau, and tau**2 nears
 # the end of the exponent range.
 LIMIT_TAU = 1e10
@@ -140,16 +143,71 @@ def logit_mse(
     )
 
 
+def logit_huber(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    delta: Number = 1.0,
+    *,
+    kind: str = "pseudo",
+    center: bool = False,
+    reduction: str = "mean",
+    row_weight: Tensor | None = None,
+    denominator: Number | Tensor | None = None,
+    num_classes: int | None = None,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Robust difference of the logits: squared where student and teacher are near, linear where they are far apart.
+
+    For each row: the sum over classes of a function of ``d = student - teacher``. Arguments, result and errors are those of
+    :func:`logit_mse`, but for:
+
+    Args:
+        delta: where the square ends and the line begins, a number from 1e-15 to 1e15.
+        kind: "pseudo": the pseudo-Huber loss ``delta**2 * (sqrt(1 + (d / delta)**2) - 1)``, smooth in every derivative; near 0 it is
+            ``d**2 / 2``, far out ``delta * |d|``. "smooth_l1": as ``torch.nn.functional.smooth_l1_loss(beta=delta)``,
+            ``d**2 / (2 * delta)`` where ``|d| < delta``, else ``|d| - delta / 2``. (``huber_loss`` is delta times that.)
+        center: remove each row's mean difference first: the mean, not a robust location.
+        reduction: as for logit_mse; "mean", the default, divides by rows * K.
+    """
+    _check_logits(student_logits, teacher_logits)
+    delta = _number(
+        "delta",
+        delta,
+        f"a number from {SMALLEST_DELTA} to {LARGEST_DELTA:g}",
+        lambda x: SMALLEST_DELTA <= x <= LARGEST_DELTA,
+    )
+    if kind not in HUBER_KINDS:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, HUBER_KINDS))}; got {kind!r}")
+    return _call(
+        _ops.LOGIT_HUBER,
+        (delta, kind == "smooth_l1", bool(center)),
+        student_logits,
+        teacher_logits,
+        reduction,
+        row_weight,
+        denominator,
+        num_classes,
+        inplace_backward,
+        backend,
+    )
+
+
 def _temperature(name: str, value: object) -> float:
+    return _number(name, value, f"a number >= {SMALLEST_TAU} or math.inf", lambda x: x >= SMALLEST_TAU)
+
+
+def _number(name: str, value: object, taken: str, fits: Callable[[float], bool]) -> float:
+    """The value of a parameter that no gradient reaches; `taken` says what it may be."""
     if isinstance(value, Tensor):
         if value.requires_grad:
             raise ValueError(f"{name} gets no gradient; got a tensor that requires grad. Pass a number, or {name}.item()")
         raise TypeError(f"{name} must be a number, not a tensor (reading it would wait for the device); pass {name}.item()")
     if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
-        raise TypeError(f"{name} must be a number >= {SMALLEST_TAU} or math.inf; got {type(value).__name__}")
+        raise TypeError(f"{name} must be {taken}; got {type(value).__name__}")
     number = float(value)
-    if not number >= SMALLEST_TAU:
-        raise ValueError(f"{name} must be a number >= {SMALLEST_TAU} or math.inf; got {value}")
+    if not fits(number):
+        raise ValueError(f"{name} must be {taken}; got {value}")
     return number
 
 
@@ -175,7 +233,7 @@ def _call(
     if denominator is not None:
         divisor, denominator = _check_denominator(denominator, student, reduction)
     num_classes = _check_num_classes(num_classes, student, teacher)
-    backend = _resolve_backend(backend, student)
+    backend = _resolve_backend(backend, student, loss)
     if inplace:
         _check_inplace(student, backend)
     elif student.stride(-1) != 1:
@@ -186,7 +244,7 @@ def _call(
     if backend == "reference" or _ops.transformed():
         return loss.reference(student, teacher, *options, *parameters)
     if backend == "triton":
-        loss = _ops.on_triton(loss)
+        loss = _ops.on_triton(loss) or loss
     return _ops.apply(loss, student, teacher, options, parameters, inplace)
 
 
@@ -308,29 +366,29 @@ def _default_backend() -> str:
 DEFAULT_BACKEND = _default_backend()
 
 
-def _resolve_backend(backend: str, student: Tensor) -> str:
-    """The backend to run, one that is there: "cpp", "triton" or "reference"."""
+def _resolve_backend(backend: str, student: Tensor, loss: _ops.Loss) -> str:
+    """The backend to run, one that has the loss on the student's device: "cpp", "triton" or "reference"."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
     if backend == "auto":
         backend = DEFAULT_BACKEND
     device = student.device.type
-    has_kernel = device in ("cpu", "meta") or (device == "cuda" and HAS_CUDA_KERNELS)
+    has_kernel = device in ("cpu", "meta") or (device == "cuda" and loss.has_cuda_kernels)
     if backend == "auto":
         if has_kernel:
             return "cpp"
-        if device == "cuda" and _missing_for_triton(student.device) is None:
+        if device == "cuda" and _missing_for_triton(student.device, loss) is None:
             return "triton"
-        _warn_of_reference(device)
+        _warn_of_reference(device, loss)
         return "reference"
     if backend == "triton":
-        missing = _missing_for_triton(student.device)
+        missing = _missing_for_triton(student.device, loss)
         if missing is not None:
             raise ValueError(f"backend 'triton' cannot run here: {missing}; or pass backend='cpp' or 'reference'")
     if backend == "cpp" and not has_kernel:
         raise ValueError(
-            f"backend 'cpp' has no kernels for logits on {student.device} in this build (python -m kdfast.info shows what it has); "
-            "for CUDA, rebuild where nvcc is found (KDFAST_CUDA=1 makes its absence an error), or pass backend='triton' or 'reference'"
+            f"backend 'cpp' has no kernels of {loss.name} for logits on {student.device} in this build "
+            "(python -m kdfast.info shows what it has); for CUDA, rebuild where nvcc is found (KDFAST_CUDA=1 makes its absence an error), or pass backend='triton' or 'reference'"
         )
     return backend
 
@@ -339,8 +397,10 @@ OLDEST_FOR_TRITON = (8, 0)  # compute capability
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _missing_for_triton(device: torch.device) -> str | None:
-    """What backend "triton" lacks for logits on a device; None where it runs."""
+def _missing_for_triton(device: torch.device, loss: _ops.Loss) -> str | None:
+    """What backend "triton" lacks for a loss of logits on a device; None where it runs."""
+    if _ops.on_triton(loss) is None:
+        return f"it has no kernels of {loss.name} yet"
     if not HAS_TRITON:
         return "the package triton is not installed (pip install triton)"
     if device.type == "cuda":
@@ -354,14 +414,14 @@ def _missing_for_triton(device: torch.device) -> str | None:
     return f"the logits are on {device} and it takes a GPU (for tests, TRITON_INTERPRET=1 in the environment runs it on the CPU, slowly)"
 
 
-_warned_devices: set[str] = set()
+_warned: set[tuple[str, str]] = set()
 
 
-def _warn_of_reference(device: str) -> None:
-    if device not in _warned_devices and not torch.compiler.is_compiling():
-        _warned_devices.add(device)
+def _warn_of_reference(device: str, loss: _ops.Loss) -> None:
+    if (device, loss.name) not in _warned and not torch.compiler.is_compiling():
+        _warned.add((device, loss.name))
         warnings.warn(
-            f"kdfast has no kernels for {device!r} in this build; the losses run as plain torch there. "
+            f"kdfast has no kernels of {loss.name} for {device!r} in this build; it runs as plain torch there. "
             "backend='reference' says that this is meant",
             stacklevel=5,
         )

@@ -97,3 +97,45 @@ class LogitMSE(_LogitLoss):
             inplace_backward=self.inplace_backward,
             backend=self.backend,
         )
+
+
+class LogitHuber(_LogitLoss):
+    """:func:`kdfast.logit_huber` as a module: ``LogitHuber(delta=0.5)(student_logits, teacher_logits)``."""
+
+    def __init__(
+        self,
+        delta: Number = 1.0,
+        *,
+        kind: str = "pseudo",
+        center: bool = False,
+        reduction: str = "mean",
+        num_classes: int | None = None,
+        inplace_backward: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(reduction, num_classes, inplace_backward, backend)
+        self.delta = delta
+        self.kind = kind
+        self.center = center
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        row_weight: Tensor | None = None,
+        denominator: Number | Tensor | None = None,
+    ) -> Tensor:
+        return functional.logit_huber(
+            student_logits,
+            teacher_logits,
+            self.delta,
+            kind=self.kind,
+            center=self.center,
+            reduction=self.reduction,
+            row_weight=row_weight,
+            denominator=denominator,
+            num_classes=self.num_classes,
+            inplace_backward=self.inplace_backward,
+            backend=self.backend,
+        )

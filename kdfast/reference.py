@@ -45,6 +45,41 @@ def logit_mse(
 ) -> Tensor:
     """Sum of squared differences of each row (minus their mean: center), reduced. tau_limit: 0.5 / K times that."""
     s, t = _prepare(student, teacher, row_weight, num_classes)
+    d, counted = _differences(s, t, center)
+    loss = (d * d).sum(-1)
+    if tau_limit:
+        loss = loss * 0.5 / counted
+    return _reduce(loss, row_weight, denominator, divisor, reduction, 1 if tau_limit else s.shape[-1])
+
+
+def logit_huber(
+    student: Tensor,
+    teacher: Tensor,
+    row_weight: Tensor | None,
+    denominator: Tensor | None,
+    divisor: float | None,
+    reduction: int,
+    num_classes: int,
+    delta: float,
+    smooth_l1: bool,
+    center: bool,
+) -> Tensor:
+    """Sum of the pseudo-Huber or smooth L1 losses of each row's differences (minus their mean: center), reduced."""
+    s, t = _prepare(student, teacher, row_weight, num_classes)
+    d, _ = _differences(s, t, center)
+    if smooth_l1:
+        near = d.clamp(-delta, delta)
+        loss = near / delta * (d - near / 2)
+    else:  # delta**2 (sqrt(1 + (d/delta)**2) - 1) without its cancellation
+        infinite = d.isinf()
+        finite = torch.where(infinite, 0, d)
+        root = torch.hypot(finite, finite.new_full((), delta))
+        loss = delta * torch.where(infinite, d.abs(), finite * (finite / (delta + root)))
+    return _reduce(loss.sum(-1), row_weight, denominator, divisor, reduction, s.shape[-1])
+
+
+def _differences(s: Tensor, t: Tensor, center: bool) -> tuple[Tensor, Tensor]:
+    """Each row's differences, minus their mean: center; and how many there are. A class at -inf on both sides has none: 0."""
     out = (s == -math.inf) & (t == -math.inf)
     d = torch.where(out, 0, s) - torch.where(out, 0, t)
     counted = (~out).sum(-1).to(d.dtype)
@@ -52,10 +87,7 @@ def logit_mse(
         mean = d.sum(-1) / counted.clamp(min=1)
         mean = torch.where(d.isinf().any(-1), 0, mean)  # infinite differences: the loss is infinite around any mean
         d = torch.where(out, 0, d - mean.unsqueeze(-1))
-    loss = (d * d).sum(-1)
-    if tau_limit:
-        loss = loss * 0.5 / counted
-    return _reduce(loss, row_weight, denominator, divisor, reduction, 1 if tau_limit else s.shape[-1])
+    return d, counted
 
 
 def _prepare(student: Tensor, teacher: Tensor, row_weight: Tensor | None, num_classes: int) -> tuple[Tensor, Tensor]:

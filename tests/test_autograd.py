@@ -38,6 +38,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "kl-inf": {"loss": "kl_div_tau", "tau": INF},
     "mse": {"loss": "logit_mse"},
     "mse-center": {"loss": "logit_mse", "center": True},
+    "huber": {"loss": "logit_huber", "delta": 0.7},
+    "huber-center": {"loss": "logit_huber", "center": True},
+    "smooth-l1": {"loss": "logit_huber", "kind": "smooth_l1", "delta": 0.5},
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
 reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -422,7 +425,6 @@ def test_checkpoint(variant: str, use_reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("loss", ["kl_div_tau", "logit_mse"])
 def test_autocast_takes_the_logits_as_they_are(loss: str, dtype: torch.dtype) -> None:
     """No cast, up or down, happens on the way in; the loss stays float32 and bit-equal to the call outside."""
     for kinds in ((F32, F32), (dtype, dtype), (F32, dtype)):
@@ -511,7 +513,7 @@ def registered_operators() -> list[str]:
 def samples(name: str) -> list[tuple[Any, ...]]:
     """Arguments for an operator, made from the names and types in its schema."""
     schema = getattr(torch.ops.kdfast, name.removeprefix("kdfast::").partition(".")[0]).default._schema
-    family = "kl_div_tau" if "kl_div_tau" in name else "logit_mse"
+    family = next((loss for loss in ("kl_div_tau", "logit_huber") if loss in name), "logit_mse")
     made = []
     shapes = [(4, 7), (2, 3, 33)]
     for shape, dtype, reduction, weighted in itertools.product(shapes, (F32, BF16), (0, 1, 2, 3), (False, True)):
@@ -534,6 +536,8 @@ def samples(name: str) -> list[tuple[Any, ...]]:
             "scale_by_tau_squared": True,
             "center": True,
             "tau_limit": weighted,
+            "delta": 0.5,
+            "smooth_l1": weighted,
             "for_student": True,
             "for_teacher": not weighted,
         }
@@ -547,7 +551,7 @@ def samples(name: str) -> list[tuple[Any, ...]]:
 
 def test_operators_are_found() -> None:
     names = registered_operators()
-    assert len(names) >= 4 and any("kl_div_tau" in n for n in names) and any("logit_mse" in n for n in names), names
+    assert all(any(loss in n for n in names) for loss in ("kl_div_tau", "logit_mse", "logit_huber")), names
 
 
 @pytest.mark.parametrize("name", registered_operators())
@@ -562,7 +566,7 @@ def test_operators_do_not_drop_a_gradient_in_silence() -> None:
     """A private operator called directly on tensors that require grad: torch warns (or raises) when its derivative is
     asked for."""
     s, t = pair((4, 7), dtype=F32)
-    for name in ("kl_div_tau_forward", "logit_mse_forward"):
+    for name in ("kl_div_tau_forward", "logit_mse_forward", "logit_huber_forward"):
         operator = getattr(torch.ops.kdfast, name).default
         value = operator(s, t, *samples("kdfast::" + name)[0][2:])[0]
         if value.requires_grad:
@@ -584,7 +588,7 @@ def test_kernels_serve_plain_calls() -> None:
     """The transforms' detour through reference.py must not swallow the ordinary case: the profiler sees our operators
     there."""
     s, t = pair((4, 7), dtype=F32)
-    for loss in ("kl_div_tau", "logit_mse"):
+    for loss in ("kl_div_tau", "logit_mse", "logit_huber"):
         for sides, reduction in (((s,), "mean"), ((s, t), "none")):
             with torch.profiler.profile() as profile:
                 torch.autograd.grad(getattr(kdfast, loss)(s, t, reduction=reduction).sum(), sides)

@@ -1,12 +1,30 @@
-// Squared difference of the logits on the CPU. Reads the student's and the teacher's logits; writes a loss and, with `center`,
-// MseStat numbers a row, and the gradients. A class at -inf on both sides does not count.
+// Sums over a row's differences of logits on the CPU: of their squares here, of another function of them in logit_huber.inl.
+// Reads the student's and the teacher's logits; writes a loss and, with `center`, Element::Stat numbers a row, and the
+// gradients. A class at -inf on both sides does not count.
 
 namespace kdfast::cpu::KDFAST_ISA {
 namespace {
 
-template <class F, class S, class T>
-struct LogitMse {
+// The function of a difference. Loss and slope are a row's constant times value(d) and slope(d).
+template <class F>
+struct Square {
   using V = typename VecOf<F>::type;
+  using Args = LogitMseArgs;
+  using Stat = MseStat;
+  static constexpr bool kMeanSlope = false;  // with `center` the slopes of a row add up to 0 by themselves
+  static constexpr F value_factor = 1, slope_factor = 2;
+
+  explicit Square(const Args&) {}
+  KDFAST_INLINE V value(V d) const { return d * d; }
+  KDFAST_INLINE V slope(V d) const { return d; }
+};
+
+template <template <class> class ElementOf, class F, class S, class T>
+struct LogitDifference {
+  using V = typename VecOf<F>::type;
+  using Element = ElementOf<F>;
+  using Args = typename Element::Args;
+  using Stat = typename Element::Stat;
   static constexpr F inf = F(__builtin_inf());
 
   // Whether a class takes part: not where both sides are at -inf.
@@ -45,9 +63,10 @@ struct LogitMse {
     stat[MseStat::inv_classes] = 1 / count;  // a row with no class left is NaN in the tau -> infinity limit, as at any tau
   }
 
-  // The pass over a row's differences: writes the gradients that are wanted, and returns the sum of squares.
+  // The pass over a row's differences: writes the gradients that are wanted, and returns the sum of the values; without
+  // gradients that of the slopes too, where it is not 0.
   template <bool for_student, bool for_teacher>
-  static F pass(const LogitMseArgs& args, int64_t r, F weight, const F* stat) {
+  static F pass(const Args& args, int64_t r, F weight, const F* stat, F* slopes = nullptr) {
     const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
     const GradientRow<T> grad_teacher(args.grad_teacher, args.rows, r, args.student.data);
     if (weight == 0) {
@@ -55,68 +74,80 @@ struct LogitMse {
       grad_teacher.zero(0);
       return 0;
     }
-    const F factor = 2 * args.grad_loss.at(r, F(1)) * F(args.grad_scale) * weight * row_scale(args, stat);
+    const Element element(args);
+    const F factor = element.slope_factor * args.grad_loss.at(r, F(1)) * F(args.grad_scale) * weight * row_scale(args, stat);
     const F mean = stat[MseStat::mean], offset = stat[MseStat::offset];
     const S* student = row_of<S>(args.student, r);
     const T* teacher = row_of<T>(args.teacher, r);
     const int64_t head = for_student ? grad_student.template head<V>() : grad_teacher.template head<V>();
-    Sum<V> total;
+    Sum<V> total, total_slope;
     const auto add = [&](int64_t i, auto lanes) {
       const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf);
       const V difference_or_nan = ((s - offset) - t) - mean;
       const V d = counts(s, t) ? difference_or_nan : V{};
-      total += d * d;
-      if constexpr (for_student) grad_student.put(i, d * factor, lanes);
-      if constexpr (for_teacher) grad_teacher.put(i, d * -factor, lanes);
+      total += element.value(d);
+      if constexpr (for_student || for_teacher || Element::kMeanSlope) {
+        V slope = element.slope(d);
+        if constexpr (!for_student && !for_teacher) total_slope += slope;
+        if constexpr (Element::kMeanSlope) slope = counts(s, t) ? slope - stat[Stat::slope] : V{};
+        if constexpr (for_student) grad_student.put(i, slope * factor, lanes);
+        if constexpr (for_teacher) grad_teacher.put(i, slope * -factor, lanes);
+      }
     };
-    for_each_vector<V>(args.classes, head, add, total);
+    for_each_vector<V>(args.classes, head, add, total, total_slope);
     grad_student.zero(args.classes);
     grad_teacher.zero(args.classes);
-    return total.value();
+    if (slopes != nullptr) *slopes = total_slope.value();
+    return total.value() * element.value_factor;
   }
 
-  static F row_scale(const LogitMseArgs& args, const F* stat) {
+  static F row_scale(const Args& args, const F* stat) {
     return F(args.scale) * (args.per_class ? stat[MseStat::inv_classes] : F(1));
   }
 
   template <bool gradient>
-  static void forward(const LogitMseArgs& args, int64_t begin, int64_t end) {
+  static void forward(const Args& args, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      F stat[MseStat::count] = {};
+      F stat[Stat::count] = {}, total = 0, slopes = 0;
       const F weight = args.weight.at(r, F(1));
-      if (args.center && weight != 0)
-        mean_difference(row_of<S>(args.student, r), row_of<T>(args.teacher, r), args.classes, stat);
-      const F squares = pass<gradient, false>(args, r, weight, stat);
-      static_cast<F*>(args.row_loss)[r] = weight != 0 ? squares * row_scale(args, stat) * weight : 0;
-      copy_numbers(args.row_stats, r * MseStat::count, stat, MseStat::count);
+      const bool centred = args.center && weight != 0, first_the_slopes = Element::kMeanSlope && centred;
+      if (centred) mean_difference(row_of<S>(args.student, r), row_of<T>(args.teacher, r), args.classes, stat);
+      if constexpr (Element::kMeanSlope)
+        if (first_the_slopes) {
+          total = pass<false, false>(args, r, weight, stat, &slopes);
+          stat[Stat::slope] = slopes * stat[Stat::inv_classes];
+        }
+      if (gradient || !first_the_slopes) total = pass<gradient, false>(args, r, weight, stat);
+      static_cast<F*>(args.row_loss)[r] = weight != 0 ? total * row_scale(args, stat) * weight : 0;
+      copy_numbers(args.row_stats, r * Stat::count, stat, Stat::count);
     }
   }
 
   template <bool for_student, bool for_teacher>
-  static void backward(const LogitMseArgs& args, int64_t begin, int64_t end) {
+  static void backward(const Args& args, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      F stat[MseStat::count] = {};
-      if (args.row_stats) __builtin_memcpy(stat, static_cast<const F*>(args.row_stats) + r * MseStat::count, sizeof stat);
+      F stat[Stat::count] = {};
+      if (args.row_stats) __builtin_memcpy(stat, static_cast<const F*>(args.row_stats) + r * Stat::count, sizeof stat);
       pass<for_student, for_teacher>(args, r, args.weight.at(r, F(1)), stat);
     }
   }
 
   struct Forward {
-    static void run(const LogitMseArgs& args, int64_t begin, int64_t end) {
+    static void run(const Args& args, int64_t begin, int64_t end) {
       args.grad_student.data ? forward<true>(args, begin, end) : forward<false>(args, begin, end);
     }
   };
   struct Backward {
-    static void run(const LogitMseArgs& args, int64_t begin, int64_t end) {
+    static void run(const Args& args, int64_t begin, int64_t end) {
       if (!args.grad_teacher.data) return backward<true, false>(args, begin, end);
       args.grad_student.data ? backward<true, true>(args, begin, end) : backward<false, true>(args, begin, end);
     }
   };
 };
 template <class F, class S, class T>
-using LogitMseForward = typename LogitMse<F, S, T>::Forward;
+using LogitMseForward = typename LogitDifference<Square, F, S, T>::Forward;
 template <class F, class S, class T>
-using LogitMseBackward = typename LogitMse<F, S, T>::Backward;
+using LogitMseBackward = typename LogitDifference<Square, F, S, T>::Backward;
 
 void logit_mse_forward(const LogitMseArgs& args, int64_t begin, int64_t end) { with_types<LogitMseForward>(args, begin, end); }
 void logit_mse_backward(const LogitMseArgs& args, int64_t begin, int64_t end) {

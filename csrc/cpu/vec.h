@@ -68,6 +68,23 @@ KDFAST_INLINE V vmax(V a, V b) {
   return a > b ? a : b;
 #endif
 }
+template <class V>
+KDFAST_INLINE V vsqrt(V x) {
+#if defined(KDFAST_AVX512)
+  if constexpr (sizeof(ScalarOf<V>) == 4)
+    return _mm512_sqrt_ps(x);
+  else
+    return _mm512_sqrt_pd(x);
+#elif defined(KDFAST_AVX2)
+  if constexpr (sizeof(ScalarOf<V>) == 4)
+    return _mm256_sqrt_ps(x);
+  else
+    return _mm256_sqrt_pd(x);
+#else
+  for (int i = 0; i < kLanes<V>; ++i) x[i] = sizeof(ScalarOf<V>) == 4 ? __builtin_sqrtf(x[i]) : __builtin_sqrt(x[i]);
+  return x;
+#endif
+}
 // |x|, and 0 for an infinity or NaN.
 template <class V>
 KDFAST_INLINE V finite_magnitude(V x) {
