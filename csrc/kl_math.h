@@ -6,15 +6,19 @@
 //
 //   w_k = exp((t_k - t_max) / teacher_tau)       S0 = sum w       p_k = w_k / S0
 //   v_k = exp((s_k - s_max) / tau)               Z  = sum v       q_k = v_k / Z
-//   x_k = ((s_k - offset) - c t_k - centre) / tau                 m  = sum w x / S0
-//   KL  = log(Z / S0) + rest - m                                  (plain form: an absolute error of one ulp of the logits)
+//   x_k = ((s_k - s_offset) - c (t_k - t_offset) - centre) / tau   m  = sum w x / S0
+//   R   = log(Z / S0) + rest                                      (log of the ratio of the normalisers)
+//   KL  = R - m                                    (plain form: an absolute error of one ulp of the logits)
 //   KL  = log1p(sum w phi(x - m) / S0),  phi(x) = exp(x) - 1 - x  (stable form: a relative error, used where KL < 1/2;
 //         a class at -inf in the teacher, whose w is 0, stands in the sum with its limit w exp(x - m) = v exp(rest - m))
-//   q_k - p_k = p_k expm1(x_k - m - KL)                           (where that argument is below 1; else as written)
+//   q_k - p_k = p_k expm1(x_k - shift),  shift = m + KL = R       (where that argument is below 1 and the row is near, see
+//         near_limit below; else as written. m + KL is the better sum where the stable form is, R where the plain form is)
 //
-// The difference is taken before the division by tau, so that x is right to an ulp of the difference however large tau is.
-// `offset` is the row's shift between student and teacher (row_offset below), without which a shift of 100 costs the gradient
-// six bits; `centre` makes x zero at the teacher's largest logit.
+// The difference is taken before the division by tau, so that x is right to an ulp of the difference however large tau is. At
+// equal temperatures s_k - t_k is taken first, which is exact where the student is near the teacher; the offset, on one side
+// alone, is the row's shift between student and teacher (row_offset below), without which a shift of 100 costs the gradient six
+// bits; `centre` makes x zero at the teacher's largest logit, class j. At two temperatures c t_k cannot be had exactly, and the
+// offsets are s_j and t_j: the classes near the top, where the mass is, then have the least error. centre is 0 there.
 #pragma once
 
 #include <math.h>
@@ -25,14 +29,14 @@
 
 namespace kdfast {
 
-// What a forward pass leaves for a backward pass, in this order, for each row. For a KL this small a gradient needs p, q, m and
-// KL to full relative precision; the log-sum-exps alone (two numbers) would not give it.
+// What a forward pass leaves for a backward pass, in this order, for each row. Where the loss is small a gradient needs p, q, m
+// and m + KL to full relative precision; the log-sum-exps alone (two numbers) would not give it.
 struct KlStat {
-  enum { t_max, s_max, offset, centre, mean, kl, inv_s0, inv_z, count };
+  enum { t_max, s_max, s_offset, t_offset, centre, mean, shift, inv_s0, inv_z, count };
 };
 
 struct MseStat {
-  enum { offset, mean, inv_classes, count };
+  enum { s_offset, t_offset, mean, inv_classes, count };
 };
 
 struct HuberStat : MseStat {
@@ -144,7 +148,7 @@ KDFAST_INLINE double power_of_two(double x) {
 }
 
 // The shift `d` between student and teacher in units of 2^-7 of the power of two at or below `size`, the largest finite
-// magnitude of the student's logits. Being that coarse, its subtraction from a logit rounds nothing away but where it is far
+// magnitude of the logits. It is subtracted from the side that has the larger logit at the teacher's maximum, which carries it. Being that coarse, its subtraction from a logit rounds nothing away but where it is far
 // larger than the logit, and a shift too small to matter is left alone (0).
 template <class F>
 KDFAST_INLINE F row_offset(F d, F size) {
@@ -161,6 +165,14 @@ KDFAST_INLINE F phi(F x) {
 // Below this value of the plain form the stable one is taken: there the plain one has lost a digit to cancellation, and the
 // stable one has no term above e^(1/2).
 inline constexpr double kStableBelow = 0.5;
+
+// q_k - p_k is taken as p_k expm1(z_k) where z_k^2 is below this: 1, or 0 in a row whose shift is large for another reason than
+// large x about a small KL. q_j and p_j, of the teacher's likeliest class, then differ by a factor of e at least, so that
+// nothing cancels, and z would be no better than an ulp of the shift.
+template <class F>
+KDFAST_INLINE F near_limit(F mean, F shift) {
+  return shift * shift >= 1 && shift - mean >= F(kStableBelow) ? F(0) : F(1);
+}
 
 }  // namespace math
 }  // namespace kdfast

@@ -46,15 +46,15 @@ def _loss(namespace: str, name: str, row_stats: Callable[..., int], definition: 
 
 
 def _kl_div_tau(namespace: str) -> Loss:
-    return _loss(namespace, "kl_div_tau", lambda tau, teacher_tau, scale_by_tau_squared: 8, reference.kl_div_tau)
+    return _loss(namespace, "kl_div_tau", lambda tau, teacher_tau, scale_by_tau_squared: 9, reference.kl_div_tau)
 
 
 def _logit_mse(namespace: str) -> Loss:
-    return _loss(namespace, "logit_mse", lambda center, tau_limit: 3 if center else 0, reference.logit_mse)
+    return _loss(namespace, "logit_mse", lambda center, tau_limit: 4 if center else 0, reference.logit_mse)
 
 
 def _logit_huber(namespace: str) -> Loss:
-    return _loss(namespace, "logit_huber", lambda delta, smooth_l1, center: 4 if center else 0, reference.logit_huber)
+    return _loss(namespace, "logit_huber", lambda delta, smooth_l1, center: 5 if center else 0, reference.logit_huber)
 
 
 def _triton_operator(name: str) -> Callable[..., Any]:

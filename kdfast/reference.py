@@ -1,8 +1,9 @@
 """The losses in plain torch: their definition, differentiable any number of times on any device.
 
 The truth that the kernels are tested against, the path for transforms that kernels cannot serve (torch.func, forward-mode AD, double
-backward), and the fallback for devices without kernels. As accurate as the kernels in the dtype it computes in: csrc/kl_math.h has
-the formulas. Arguments are those of kdfast.functional after its checks.
+backward), and the fallback for devices without kernels. It computes in float64 where the device has it, which is what
+makes plain formulas as accurate as the kernels' (csrc/kl_math.h); loss and gradients are of the kernels' dtypes. Arguments are
+those of kdfast.functional after its checks.
 """
 
 import math
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 STABLE_BELOW = 0.5  # kStableBelow of csrc/kl_math.h
+WITHOUT_FLOAT64 = ("mps",)
 SERIES_TERMS = 20  # of e^x for |x| < 1: the next is below one unit in the last place of float64, as is its second derivative
 
 
@@ -29,7 +31,7 @@ def kl_div_tau(
     """tau**2 * KL(softmax(teacher / teacher_tau) || softmax(student / tau)) of each row, reduced."""
     s, t = _prepare(student, teacher, row_weight, num_classes)
     loss = _kl(s, t, tau, teacher_tau) * (tau**2 if scale_by_tau_squared else 1)
-    return _reduce(loss, row_weight, denominator, divisor, reduction, 1)
+    return _reduce(loss, row_weight, denominator, divisor, reduction, 1).to(_loss_dtype(student, teacher))
 
 
 def logit_mse(
@@ -49,7 +51,8 @@ def logit_mse(
     loss = (d * d).sum(-1)
     if tau_limit:
         loss = loss * 0.5 / counted
-    return _reduce(loss, row_weight, denominator, divisor, reduction, 1 if tau_limit else s.shape[-1])
+    per_row = 1 if tau_limit else s.shape[-1]
+    return _reduce(loss, row_weight, denominator, divisor, reduction, per_row).to(_loss_dtype(student, teacher))
 
 
 def logit_huber(
@@ -75,7 +78,8 @@ def logit_huber(
         finite = torch.where(infinite, 0, d)
         root = torch.hypot(finite, finite.new_full((), delta))
         loss = delta * torch.where(infinite, d.abs(), finite * (finite / (delta + root)))
-    return _reduce(loss.sum(-1), row_weight, denominator, divisor, reduction, s.shape[-1])
+    value = _reduce(loss.sum(-1), row_weight, denominator, divisor, reduction, s.shape[-1])
+    return value.to(_loss_dtype(student, teacher))
 
 
 def _differences(s: Tensor, t: Tensor, center: bool) -> tuple[Tensor, Tensor]:
@@ -85,14 +89,15 @@ def _differences(s: Tensor, t: Tensor, center: bool) -> tuple[Tensor, Tensor]:
     counted = (~out).sum(-1).to(d.dtype)
     if center:
         mean = d.sum(-1) / counted.clamp(min=1)
-        mean = torch.where(d.isinf().any(-1), 0, mean)  # infinite differences: the loss is infinite around any mean
+        # Infinite differences: the loss is infinite around any mean, and NaN only where a logit is NaN.
+        mean = torch.where(d.isinf().any(-1) & ~d.isnan().any(-1), 0, mean)
         d = torch.where(out, 0, d - mean.unsqueeze(-1))
     return d, counted
 
 
 def _prepare(student: Tensor, teacher: Tensor, row_weight: Tensor | None, num_classes: int) -> tuple[Tensor, Tensor]:
     """The columns used, in the type computed with; rows of weight 0 replaced by zeros."""
-    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    dtype = torch.float32 if student.device.type in WITHOUT_FLOAT64 else torch.float64
     if num_classes >= 0:
         student, teacher = student[..., :num_classes], teacher[..., :num_classes]
     s, t = student.to(dtype), teacher.to(dtype)
@@ -100,6 +105,10 @@ def _prepare(student: Tensor, teacher: Tensor, row_weight: Tensor | None, num_cl
         used = (row_weight != 0).unsqueeze(-1)
         s, t = torch.where(used, s, 0), torch.where(used, t, 0)
     return s, t
+
+
+def _loss_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
 
 def _reduce(
@@ -138,19 +147,30 @@ def _phi(x: Tensor) -> Tensor:
 
 def _kl(s: Tensor, t: Tensor, tau: float, teacher_tau: float) -> Tensor:
     """KL of each row, without the factor tau**2."""
-    dead = t == -math.inf
-    log_q, log_p = torch.log_softmax(s / tau, -1), torch.log_softmax(t / teacher_tau, -1)
+    log_p, log_q = torch.log_softmax(_below_zero(t) / teacher_tau, -1), torch.log_softmax(_below_zero(s) / tau, -1)
     p = log_p.exp()
+    off_s, off_t = s == -math.inf, t == -math.inf
     # A mass that underflowed is still one where the student has none.
-    p = torch.where(~dead & (s == -math.inf) & (p == 0), torch.finfo(p.dtype).tiny, p)
-    plain = (p * (torch.where(dead, 0, log_p) - torch.where(dead, 0, log_q))).sum(-1)
+    p = torch.where(~off_t & off_s & (p == 0), torch.finfo(p.dtype).tiny, p)
+    massless = p == 0
+    plain = (p * (torch.where(massless, 0, log_p) - torch.where(massless, 0, log_q))).sum(-1)
 
-    # d first, then the division by tau; the row's shift is taken out before it can round anything away.
-    gone = dead | (s == -math.inf)
-    d = torch.where(gone, 0, s) - (tau / teacher_tau) * torch.where(gone, 0, t)
-    x = (d - d.detach().mean(-1, keepdim=True)) / tau
-    z = torch.where(gone, 0, x - (p * torch.where(gone, 0, x)).sum(-1, keepdim=True))
+    # The differences are taken before the division by tau, around the teacher's largest logit.
+    gone = massless | off_s
+    s, t = torch.where(gone, 0, s), torch.where(gone, 0, t)
+    top = torch.where(gone, -math.inf, log_p.detach()).argmax(-1, keepdim=True)
+    s_top, t_top = s.detach().gather(-1, top), t.detach().gather(-1, top)
+    d = (s - t) - (s_top - t_top) if tau == teacher_tau else (s - s_top) - (tau / teacher_tau) * (t - t_top)
+    x = torch.where(gone, 0, d / tau)
+    z = torch.where(gone, 0, x - (p * x).sum(-1, keepdim=True))
     stable = (plain.detach() < STABLE_BELOW).unsqueeze(-1)
     excess = (p * _phi(torch.where(stable, z, 0))).sum(-1)
-    masked = torch.where(dead & stable, log_q, -math.inf).exp().sum(-1)  # the student's mass on classes that the teacher masks
-    return torch.where(stable.squeeze(-1), torch.log1p(excess) - torch.log1p(-masked), plain)
+    # The student's mass where the teacher has none.
+    elsewhere = torch.where(massless & stable, log_q, -math.inf).exp().sum(-1)
+    return torch.where(stable.squeeze(-1), torch.log1p(excess) - torch.log1p(-elsewhere), plain)
+
+
+def _below_zero(logits: Tensor) -> Tensor:
+    """The logits less their row's largest: a division by tau does not overflow then."""
+    top = logits.detach().amax(-1, keepdim=True)
+    return logits - torch.where(top.isinf(), 0, top)

@@ -11,6 +11,7 @@ namespace {
 template <class F>
 struct KlTemperatures {
   F ratio, inv_tau, student_log2, teacher_log2;  // tau / teacher_tau, 1 / tau, log2(e) / tau, log2(e) / teacher_tau
+  bool equal;
 
   KlTemperatures() = default;
   explicit KlTemperatures(const KlDivTauArgs& args) {
@@ -19,6 +20,7 @@ struct KlTemperatures {
     inv_tau = F(1 / args.tau);
     student_log2 = F(kLog2E / args.tau);
     teacher_log2 = F(kLog2E / args.teacher_tau);
+    equal = args.tau == args.teacher_tau;
   }
 };
 
@@ -34,6 +36,7 @@ struct KlRow {
   int64_t classes = 0;
   F stat[KlStat::count] = {};
   F rest = 0;             // of the plain form
+  F kl = 0;
   bool infinite = false;  // the student is at -inf where the teacher is not, be the mass there too small for a float
 
   KlRow() = default;
@@ -55,8 +58,12 @@ struct KlRow {
     return exp2_nonpositive((s - stat[KlStat::s_max]) * k.student_log2);
   }
   KDFAST_INLINE V difference(V s, V t) const {  // x
-    if constexpr (!kSixteenBits) s -= stat[KlStat::offset];
-    return ((s - k.ratio * t) - stat[KlStat::centre]) * k.inv_tau;
+    if (!k.equal) return ((s - stat[KlStat::s_offset]) - k.ratio * (t - stat[KlStat::t_offset])) * k.inv_tau;
+    if constexpr (!kSixteenBits) {  // differences of sixteen-bit logits are exact without an offset
+      s -= stat[KlStat::s_offset];
+      t -= stat[KlStat::t_offset];
+    }
+    return ((s - t) - stat[KlStat::centre]) * k.inv_tau;
   }
 
   // The pass for the maxima, and what follows from them.
@@ -68,20 +75,26 @@ struct KlRow {
       t_max = vmax(t, t_max);
       s_max = vmax(s, s_max);
       missing = vmax(s == -inf ? t : splat<V>(-inf), missing);
-      if constexpr (!kSixteenBits) size = vmax(finite_magnitude(s), size);
+      if constexpr (!kSixteenBits) size = vmax(vmax(finite_magnitude(s), finite_magnitude(t)), size);
     });
     const F s_top = largest(s_max), t_j = largest(t_max);
     F s_j = largest(t_max == t_j ? s_at_t_max : splat<V>(-inf));
     if (s_j == -inf)
       s_j = k.ratio * t_j;  // the loss is infinite (the teacher has mass there): any finite reference will show it
-    // Differences of sixteen-bit logits are exact without an offset.
-    const F offset = kSixteenBits ? F(0) : math::row_offset(s_j - k.ratio * t_j, largest(size));
-    const F centre = (s_j - offset) - k.ratio * t_j;
     stat[KlStat::t_max] = t_j;
-    stat[KlStat::s_max] = s_top;
-    stat[KlStat::offset] = offset;
-    stat[KlStat::centre] = centre;
-    rest = (s_top - s_j) * k.inv_tau;
+    stat[KlStat::s_max] = s_top == -inf ? 0 : s_top;
+    if (k.equal) {
+      const F offset = kSixteenBits ? F(0) : math::row_offset(s_j - t_j, largest(size));
+      const bool on_student = s_j * s_j >= t_j * t_j;
+      stat[KlStat::s_offset] = on_student ? offset : 0;
+      stat[KlStat::t_offset] = on_student ? 0 : -offset;
+      stat[KlStat::centre] = (s_j - stat[KlStat::s_offset]) - (t_j - stat[KlStat::t_offset]);
+    } else {
+      stat[KlStat::s_offset] = s_j;
+      stat[KlStat::t_offset] = t_j;
+      stat[KlStat::centre] = 0;
+    }
+    rest = (stat[KlStat::s_max] - s_j) * k.inv_tau;
     infinite = largest(missing) > -inf;
   }
 
@@ -108,27 +121,26 @@ struct KlRow {
       }
     };
     for_each_vector<V>(classes, 0, add, s0, s1, z, excess);
-    stat[KlStat::inv_s0] = s0.value();
-    stat[KlStat::inv_z] = z.value();
-    stat[KlStat::mean] = s1.value();
-    stat[KlStat::kl] = excess.value();
+    finish_row(s0.value(), s1.value(), z.value(), excess.value());
   }
 
   // The row's numbers from its sums.
-  void finish_row() {
-    const F inv_s0 = 1 / stat[KlStat::inv_s0], z = stat[KlStat::inv_z];
-    const F finite_mean = stat[KlStat::mean] * inv_s0, mean = infinite && finite_mean == finite_mean ? -inf : finite_mean;
-    const F mean_excess = stat[KlStat::kl] * inv_s0;
+  void finish_row(F s0, F s1, F z, F excess) {
+    const F inv_s0 = 1 / s0, finite_mean = s1 * inv_s0, mean = infinite && finite_mean == finite_mean ? -inf : finite_mean;
+    if (z == 0) z = 1;  // the student is at -inf everywhere: the mean makes the loss infinite
     stat[KlStat::mean] = mean;
     stat[KlStat::inv_s0] = inv_s0;
     stat[KlStat::inv_z] = 1 / z;
-    F kl = math::log(z * inv_s0) + rest - mean;
+    const F log_ratio = math::log(z * inv_s0) + rest;
+    kl = log_ratio - mean;
+    stat[KlStat::shift] = log_ratio;
     if (kl < F(math::kStableBelow)) {
-      const F phi_mean = math::phi(mean), centred = mean_excess - phi_mean;
+      const F phi_mean = math::phi(mean), centred = excess * inv_s0 - phi_mean;
       // Around a class that is far off the mean this difference would lose digits (three bits are given away), or overflow.
       kl = centred >= phi_mean / 8 ? math::log1p(math::exp(-mean) * centred) : centred_kl();
+      if (kl < 0) kl = 0;  // rounding, where nearly nothing is left
+      stat[KlStat::shift] = mean + kl;
     }
-    stat[KlStat::kl] = kl;
   }
 
   // The stable form around the mean itself: another pass.
@@ -149,7 +161,7 @@ struct KlRow {
   template <bool for_student, bool for_teacher, class Weights>
   void write_gradients(Weights weights, F student_factor, F teacher_factor, const GradientRow<S>& grad_student,
                        const GradientRow<T>& grad_teacher) const {
-    const F mean = stat[KlStat::mean], shift = mean + stat[KlStat::kl];
+    const F mean = stat[KlStat::mean], shift = stat[KlStat::shift], near_limit = math::near_limit(mean, shift);
     const F p_student = stat[KlStat::inv_s0] * student_factor, q_student = stat[KlStat::inv_z] * student_factor;
     const F p_teacher = stat[KlStat::inv_s0] * teacher_factor;
     const int64_t head = for_student ? grad_student.template head<V>() : grad_teacher.template head<V>();
@@ -159,7 +171,7 @@ struct KlRow {
       if constexpr (for_student) {
         const V z = x - shift, p = w * p_student;
         const V near = p * math::expm1_series(z), far = weights.student(i, lanes, s) * q_student - p;
-        grad_student.put(i, z * z < 1 ? near : far, lanes);
+        grad_student.put(i, z * z < near_limit ? near : far, lanes);
       }
       if constexpr (for_teacher) {
         const V g = w * p_teacher * (mean - x);
@@ -243,8 +255,7 @@ struct KlDivTau {
           rows[i].template sum_row<keep>(kept_w(i), kept_v(i), row_of<S>(args.student, next), row_of<T>(args.teacher, next));
       }
       for (int64_t i = 0; i < count; ++i) {
-        if (weight[i] != 0) rows[i].finish_row();
-        const F loss = rows[i].stat[KlStat::kl] * F(args.scale) * weight[i];
+        const F loss = rows[i].kl * F(args.scale) * weight[i];
         static_cast<F*>(args.row_loss)[first + i] = weight[i] != 0 ? loss : 0;
         copy_numbers(args.row_stats, (first + i) * KlStat::count, rows[i].stat, KlStat::count);
       }

@@ -30,35 +30,43 @@ struct LogitDifference {
   // Whether a class takes part: not where both sides are at -inf.
   KDFAST_INLINE static IntOf<V> counts(V s, V t) { return (s != -inf) | (t != -inf); }
 
-  // The row's mean difference, and the offset that its logits are read with (kl_math.h): the mean, then the mean of what is
-  // left.
+  // The row's mean difference, and the offset that one side's logits are read with (kl_math.h): the mean, then the mean of what
+  // is left.
   static void mean_difference(const S* student, const T* teacher, int64_t classes, F* stat) {
-    F offset = 0, mean = 0, count = 0;
+    F s_offset = 0, t_offset = 0, mean = 0, count = 0;
     for (int pass = 0; pass < 2; ++pass) {
       Sum<V> total;
-      V size{}, farthest{};
+      V s_size{}, t_size{}, farthest{};
       IntOf<V> counted{};
       const auto add = [&](int64_t i, auto lanes) {
         const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf);
         const auto in = counts(s, t);
-        const V left_or_nan = ((s - offset) - t) - mean;
+        const V left_or_nan = ((s - s_offset) - (t - t_offset)) - mean;
         total += in ? left_or_nan : V{};
         counted -= in;
-        size = vmax(finite_magnitude(s), size);
+        s_size = vmax(finite_magnitude(s), s_size);
+        t_size = vmax(finite_magnitude(t), t_size);
         farthest = vmax(in ? left_or_nan * left_or_nan : V{}, farthest);
       };
       for_each_vector<V>(classes, 0, add, total);
       count = 0;
       for (int lane = 0; lane < kLanes<V>; ++lane) count += F(counted[lane]);
       const F left = total.value() / (count > 0 ? count : 1);
-      if (pass == 0) offset = math::row_offset(left, largest(size));
-      mean = pass == 0 ? left - offset : mean + left;
+      mean += left;
+      if (pass == 0) {
+        const F s_largest = largest(s_size), t_largest = largest(t_size);
+        const bool on_student = s_largest >= t_largest;
+        const F offset = math::row_offset(left, on_student ? s_largest : t_largest);
+        (on_student ? s_offset : t_offset) = on_student ? offset : -offset;
+        mean -= offset;
+      }
       if (largest(farthest) == inf) {  // infinite: around 0 so is the loss, and NaN only where a logit is NaN
         mean = 0;
         break;
       }
     }
-    stat[MseStat::offset] = offset;
+    stat[MseStat::s_offset] = s_offset;
+    stat[MseStat::t_offset] = t_offset;
     stat[MseStat::mean] = mean;
     stat[MseStat::inv_classes] = 1 / count;  // a row with no class left is NaN in the tau -> infinity limit, as at any tau
   }
@@ -76,14 +84,14 @@ struct LogitDifference {
     }
     const Element element(args);
     const F factor = element.slope_factor * args.grad_loss.at(r, F(1)) * F(args.grad_scale) * weight * row_scale(args, stat);
-    const F mean = stat[MseStat::mean], offset = stat[MseStat::offset];
+    const F mean = stat[MseStat::mean], s_offset = stat[MseStat::s_offset], t_offset = stat[MseStat::t_offset];
     const S* student = row_of<S>(args.student, r);
     const T* teacher = row_of<T>(args.teacher, r);
     const int64_t head = for_student ? grad_student.template head<V>() : grad_teacher.template head<V>();
     Sum<V> total, total_slope;
     const auto add = [&](int64_t i, auto lanes) {
       const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf);
-      const V difference_or_nan = ((s - offset) - t) - mean;
+      const V difference_or_nan = ((s - s_offset) - (t - t_offset)) - mean;
       const V d = counts(s, t) ? difference_or_nan : V{};
       total += element.value(d);
       if constexpr (for_student || for_teacher || Element::kMeanSlope) {
