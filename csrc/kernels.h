@@ -148,6 +148,32 @@ struct LogitHuberArgs : LogitMseArgs {
   bool smooth_l1 = false;
 };
 
+// The whole objective of distillation, one value a row:  weight * ((1 - alpha) * hard + alpha * soft)
+//   hard: the student's cross-entropy at temperature 1 with the row's target, (1 - label_smoothing) (log Z - s_target) +
+//         label_smoothing mean_k (log Z - s_k); 0 in a row whose target is ignore_index. A target that is neither that nor from
+//         0 to classes - 1 makes the row NaN.
+//   soft: what kl_div_tau computes, or logit_mse by `center`, `per_class` and `scale`.
+// With alpha at 0 or 1 the other part takes no part in loss and gradient, whatever it holds.
+enum class Soft : int { kl = 0, mse = 1, tau_limit = 2 };
+struct KdLossArgs : KlDivTauArgs {
+  Soft soft = Soft::kl;
+  bool center = false, per_class = false;  // as in LogitMseArgs
+
+  double alpha = 0.5, label_smoothing = 0;
+  int64_t ignore_index = -100;
+  Numbers target;  // i64 or i32
+
+  // Forward, of type F: weight * hard and weight * soft; row_loss may be nullptr, their sums being what is wanted. row_stats
+  // holds the soft part's numbers, then the hard part's (HardStat).
+  void* row_hard = nullptr;
+  void* row_soft = nullptr;
+
+  // The two parts have a divisor each (a mean of the hard part is over the rows that are not ignored). Derivatives by a row's
+  // unweighted soft and hard value: grad_loss[r] * weight[r] times grad_scale, which is alpha / the soft part's divisor, and
+  // hard_grad_scale, (1 - alpha) / the hard part's.
+  double hard_grad_scale = 1;
+};
+
 namespace cpu {
 
 // Rows [begin, end). Forward writes the student's gradient too where it is asked for; backward reads row_stats.
@@ -157,6 +183,8 @@ void logit_mse_forward(const LogitMseArgs& args, int64_t begin, int64_t end);
 void logit_mse_backward(const LogitMseArgs& args, int64_t begin, int64_t end);
 void logit_huber_forward(const LogitHuberArgs& args, int64_t begin, int64_t end);
 void logit_huber_backward(const LogitHuberArgs& args, int64_t begin, int64_t end);
+void kd_loss_forward(const KdLossArgs& args, int64_t begin, int64_t end);
+void kd_loss_backward(const KdLossArgs& args, int64_t begin, int64_t end);
 
 // out[i] = in[i] * factor for i in [begin, end); out and in may be the same.
 void scale_gradient(void* out, const void* in, DType dtype, double factor, int64_t begin, int64_t end);

@@ -43,6 +43,11 @@ struct HuberStat : MseStat {
   enum { slope = MseStat::count, count };  // the row's mean slope, which `center` takes from every class's
 };
 
+// The hard part of kd_loss: slope is the softmax at the target less 1, which is -(the sum of the others), no difference.
+struct HardStat {
+  enum { s_max, inv_z, slope, count };
+};
+
 namespace math {
 
 template <class V>
@@ -148,8 +153,9 @@ KDFAST_INLINE double power_of_two(double x) {
 }
 
 // The shift `d` between student and teacher in units of 2^-7 of the power of two at or below `size`, the largest finite
-// magnitude of the logits. It is subtracted from the side that has the larger logit at the teacher's maximum, which carries it. Being that coarse, its subtraction from a logit rounds nothing away but where it is far
-// larger than the logit, and a shift too small to matter is left alone (0).
+// magnitude of the logits. It is subtracted from the side that has the larger logit at the teacher's maximum, which carries it.
+// Being that coarse, its subtraction from a logit rounds nothing away but where it is far larger than the logit, and a shift
+// too small to matter is left alone (0).
 template <class F>
 KDFAST_INLINE F row_offset(F d, F size) {
   constexpr F round = sizeof(F) == 4 ? F(12582912.0) : F(6755399441055744.0);  // 1.5 * 2^23, 1.5 * 2^52

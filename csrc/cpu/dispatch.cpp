@@ -73,6 +73,12 @@ void logit_huber_forward(const LogitHuberArgs& args, int64_t begin, int64_t end)
 void logit_huber_backward(const LogitHuberArgs& args, int64_t begin, int64_t end) {
   chosen().kernels->logit_huber_backward(args, begin, end);
 }
+void kd_loss_forward(const KdLossArgs& args, int64_t begin, int64_t end) {
+  chosen().kernels->kd_loss_forward(args, begin, end);
+}
+void kd_loss_backward(const KdLossArgs& args, int64_t begin, int64_t end) {
+  chosen().kernels->kd_loss_backward(args, begin, end);
+}
 void scale_gradient(void* out, const void* in, DType dtype, double factor, int64_t begin, int64_t end) {
   chosen().kernels->scale_gradient(out, in, dtype, factor, begin, end);
 }

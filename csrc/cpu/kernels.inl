@@ -34,12 +34,13 @@ KDFAST_PRAGMA(GCC target(KDFAST_TARGET))  // to the end of the unit, where its t
 #include "cpu/kl_div_tau.inl"
 #include "cpu/logit_mse.inl"
 
+#include "cpu/kd_loss.inl"
 #include "cpu/logit_huber.inl"
 
 namespace kdfast::cpu::KDFAST_ISA {
 const Kernels kernels = {
-    kl_div_tau_forward,  kl_div_tau_backward,  logit_mse_forward, logit_mse_backward,
-    logit_huber_forward, logit_huber_backward, scale_gradient,
+    kl_div_tau_forward,   kl_div_tau_backward, logit_mse_forward, logit_mse_backward, logit_huber_forward,
+    logit_huber_backward, kd_loss_forward,     kd_loss_backward,  scale_gradient,
 };
 }
 

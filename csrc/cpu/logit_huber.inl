@@ -47,9 +47,9 @@ struct Huber {
   }
 };
 template <class F, class S, class T>
-using LogitHuberForward = typename LogitDifference<Huber, F, S, T>::Forward;
+using LogitHuberForward = typename LogitDifference<Huber, NoHardPart, F, S, T>::Forward;
 template <class F, class S, class T>
-using LogitHuberBackward = typename LogitDifference<Huber, F, S, T>::Backward;
+using LogitHuberBackward = typename LogitDifference<Huber, NoHardPart, F, S, T>::Backward;
 
 void logit_huber_forward(const LogitHuberArgs& args, int64_t begin, int64_t end) {
   with_types<LogitHuberForward>(args, begin, end);
