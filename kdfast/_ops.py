@@ -164,7 +164,9 @@ class _Function(torch.autograd.Function):
         return tuple(values)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *of_parts: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *of_parts: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:  # not materialized, beside parts
+            return (None,) * 10
         student, teacher, row_weight, denominator, target, kept = ctx.saved_tensors
         loss, numbers, parameters, in_forward, inplace = ctx.call
         for_student, for_teacher = ctx.needs_input_grad[:2]

@@ -80,7 +80,7 @@ def kl_div_tau(
     _check_logits(student_logits, teacher_logits)
     tau = _temperature("tau", tau)
     teacher_tau = tau if teacher_tau is None else _temperature("teacher_tau", teacher_tau)
-    if math.isinf(tau) or math.isinf(teacher_tau):
+    if math.inf in (tau, teacher_tau):
         if teacher_tau != tau:
             raise ValueError(
                 f"teacher_tau must equal tau where either is infinite; got tau={tau} and teacher_tau={teacher_tau}"
@@ -271,7 +271,7 @@ def kd_loss(
 
 def _at_the_limit(tau: float, student: Tensor, teacher: Tensor) -> bool:
     """Whether a loss at this temperature is computed as its limit."""
-    return math.isinf(tau) or (tau >= LIMIT_TAU and torch.float64 not in (student.dtype, teacher.dtype))
+    return tau == math.inf or (tau >= LIMIT_TAU and torch.float64 not in (student.dtype, teacher.dtype))
 
 
 def _temperature(name: str, value: object) -> float:

@@ -129,9 +129,8 @@ def _cross_entropy(s: Tensor, target: Tensor, counted: Tensor, smoothing: float)
     # The logits less the target's first: where that is the largest, the sum of the others' exponentials may be far below 1.
     d = s - torch.where(masked, 0, s_target).unsqueeze(-1)
     top = d.detach().amax(-1)
-    others = torch.where(
-        torch.arange(s.shape[-1], device=s.device) == index, 0, (d - torch.where(top.isinf(), 0, top).unsqueeze(-1)).exp()
-    ).sum(-1)
+    at_target = torch.arange(s.shape[-1], device=s.device) == index
+    others = torch.where(at_target, 0, (d - top.unsqueeze(-1)).exp()).sum(-1)
     likelihood = torch.where(top == 0, torch.log1p(others), (others + (-top).exp()).log() + top)
     loss = torch.where(masked, log_z - s_target, likelihood)
     if smoothing != 0:

@@ -202,7 +202,7 @@ def test_a_backend_that_is_not_there_says_how_to_get_it(name: str) -> None:
     assert "triton" in str(caught.value) and "backend" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["logit_huber"])
+@pytest.mark.parametrize("name", ["logit_huber", "kd_loss"])
 def test_a_loss_without_kernels_on_the_device_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """ "auto" falls back to plain torch with one warning that names the loss; a backend asked for by name is refused."""
     from kdfast import _ops, functional

@@ -52,8 +52,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "huber-center": {"loss": "logit_huber", "center": True},
     "smooth-l1": {"loss": "logit_huber", "kind": "smooth_l1", "delta": 0.5},
     "smooth-l1-center": {"loss": "logit_huber", "kind": "smooth_l1", "center": True},
+    "kd": {"loss": "kd_loss", "tau": 2.0, "alpha": 0.4, "label_smoothing": 0.1},
+    "kd-inf": {"loss": "kd_loss", "tau": INF, "alpha": 0.6},
+    "kd-mse": {"loss": "kd_loss", "soft": "mse", "alpha": 0.3},
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
+#: those that can be computed on some of the rows or classes by themselves (for kd_loss: test_kd_loss.py)
+parts_of_a_batch = pytest.mark.parametrize("variant", [v for v in VARIANTS if not v.startswith("kd")])
 
 
 def upstream(reduction: str, shape: tuple[int, ...]) -> Any:
@@ -289,7 +294,7 @@ def test_teacher_minus_inf_contributes_nothing(where: Where, variant: str, k: in
 
 
 @WIDTHS
-@variants
+@parts_of_a_batch
 def test_minus_inf_on_both_sides_is_as_if_the_class_were_not_there(where: Where, variant: str, k: int) -> None:
     s, t = (x.clone() for x in logits("typical", (6, k)))
     s[:, 1] = t[:, 1] = -INF  # a whole masked column
@@ -348,7 +353,7 @@ def test_mse_with_minus_inf_on_one_side_is_infinite(where: Where, variant: str, 
 @pytest.mark.parametrize("side", ["student", "teacher", "both"])
 @pytest.mark.parametrize("junk", [NAN, INF])
 @WIDTHS
-@variants
+@parts_of_a_batch
 def test_nan_stays_in_its_row(where: Where, variant: str, k: int, junk: float, side: str) -> None:
     """NaN (and +inf, which no softmax can take) makes its own row NaN, loss and gradient, and no other."""
     s, t = (x.clone() for x in logits("typical", (6, k)))
@@ -653,7 +658,7 @@ def test_grad_accumulates_over_backwards(variant: str, dtype: torch.dtype) -> No
     s, t = logits("typical", (6, 35), (dtype, dtype))
     options = {k: v for k, v in VARIANTS[variant].items() if k != "loss"}
     x = s.clone().requires_grad_()
-    value = getattr(kdfast, VARIANTS[variant]["loss"])(x, t, reduction="sum", **options)
+    value = Where("cpu", "cpp").call(VARIANTS[variant]["loss"], x, t, reduction="sum", **options)
     for count in (1, 2, 3, 4):
         value.backward(retain_graph=True)
         truth = oracle(**VARIANTS[variant], student=s, teacher=t, reduction="sum", grad_output=float(count))
