@@ -153,7 +153,8 @@ struct LogitHuberArgs : LogitMseArgs {
 //         label_smoothing mean_k (log Z - s_k); 0 in a row whose target is ignore_index. A target that is neither that nor from
 //         0 to classes - 1 makes the row NaN.
 //   soft: what kl_div_tau computes, or logit_mse by `center`, `per_class` and `scale`.
-// With alpha at 0 or 1 the other part takes no part in loss and gradient, whatever it holds.
+// With alpha at 0 or 1 the other part takes no part in loss and gradient, whatever it holds. Student and teacher are both f64,
+// or neither is.
 enum class Soft : int { kl = 0, mse = 1, tau_limit = 2 };
 struct KdLossArgs : KlDivTauArgs {
   Soft soft = Soft::kl;

@@ -547,6 +547,8 @@ struct KdLoss {
   void fill(Args& args) const {
     STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long || target.scalar_type() == ScalarType::Int,
                     "kdfast: the target must be int64 or int32");
+    STD_TORCH_CHECK((args.student.dtype == DType::f64) == (args.teacher.dtype == DType::f64),
+                    "kdfast: kd_loss takes float64 logits on both sides or on none");
     STD_TORCH_CHECK(int(soft) >= 0 && int(soft) <= 2, "kdfast: unknown soft loss");
     args.soft = soft;
     args.center = args.per_class = soft == Soft::tau_limit;

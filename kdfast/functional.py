@@ -223,7 +223,8 @@ def kd_loss(
     r"""The whole objective of distillation: ``(1 - alpha) * cross_entropy(student, target) + alpha * soft``, in one pass.
 
     The soft part is :func:`kl_div_tau` at temperature tau, with its factor ``tau**2``, or :func:`logit_mse`; the hard part is
-    ``torch.nn.functional.cross_entropy`` at temperature 1. Logits, result and errors are those of kl_div_tau, but for:
+    ``torch.nn.functional.cross_entropy`` at temperature 1. Logits, result and errors are those of kl_div_tau (float64 on one side
+    alone is made so on the other, by a copy), but for:
 
     Args:
         target: (...), int64 or int32: each row's class. One that is no class is a ValueError on the CPU; elsewhere, and in
@@ -250,6 +251,13 @@ def kd_loss(
         raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
     if soft not in SOFT:
         raise ValueError(f"soft must be one of {', '.join(map(repr, SOFT))}; got {soft!r}")
+    if (student_logits.dtype == torch.float64) != (teacher_logits.dtype == torch.float64):
+        if inplace_backward and student_logits.dtype != torch.float64:
+            raise ValueError(
+                f"inplace_backward takes no student_logits of {student_logits.dtype} beside teacher_logits of float64, "
+                "since the other side is made float64 first"
+            )
+        student_logits, teacher_logits = student_logits.double(), teacher_logits.double()
     kind = SOFT.index(soft)
     if kind == 0 and _at_the_limit(tau, student_logits, teacher_logits):
         kind = 2

@@ -386,6 +386,11 @@ ERRORS = [
     (TypeError, "ignore_index float int", {"ignore_index": 1.0}),
     (TypeError, "ignore_index bool", {"ignore_index": True}),
     (ValueError, "reduction 'avg'", {"reduction": "avg"}),
+    (
+        ValueError,
+        "inplace_backward float32 float64",
+        {"inplace_backward": True, "teacher_logits": torch.zeros(4, 7, dtype=F64)},
+    ),
     (ValueError, "denominator none", {"denominator": 2.0, "reduction": "none"}),
 ]
 
@@ -393,8 +398,8 @@ ERRORS = [
 @pytest.mark.parametrize("kind, words, options", ERRORS, ids=[words for _, words, _ in ERRORS])
 def test_refused(kind: type[Exception], words: str, options: dict[str, Any]) -> None:
     s, t = logits("typical", (4, 7))
-    options = {"target": torch.zeros(4, dtype=torch.int64)} | options
+    options = {"teacher_logits": t, "target": torch.zeros(4, dtype=torch.int64)} | options
     with pytest.raises(kind) as caught:
-        kdfast.kd_loss(s, t, options.pop("target"), **options)
+        kdfast.kd_loss(s, **options)
     message = str(caught.value)
     assert all(word.replace("\xa0", " ") in message for word in words.split(" ")) and len(message) < 400, message

@@ -795,12 +795,15 @@ def test_no_memory_growth(loss: str) -> None:
             s.grad = None
 
     steps(1000)
-    gc.collect()
-    before, objects = resident_memory(), len(gc.get_objects())
-    steps(10_000)
-    gc.collect()
-    assert len(gc.get_objects()) - objects < 50
-    assert resident_memory() - before < 1 << 20
+    growth = []
+    for _ in range(3):  # the C library's heap may grow once; a leak grows each time
+        gc.collect()
+        before, objects = resident_memory(), len(gc.get_objects())
+        steps(10_000)
+        gc.collect()
+        growth.append(resident_memory() - before)
+        assert len(gc.get_objects()) - objects < 50
+    assert min(growth) < 1 << 20
 
 
 def test_no_reference_cycles(loss: str) -> None:

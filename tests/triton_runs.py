@@ -1,6 +1,6 @@
 """What test_triton.py runs in processes of its own: under Triton's interpreter, through the emulator, and for the compiler alone.
 
-python triton_runs.py interpreter | emulator | compile CC
+python triton_runs.py interpreter | emulator COUNTS | compile CC
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import helpers as h
 import numpy as np
@@ -52,11 +53,7 @@ def interpret() -> None:
             k = 5000 if tau in (0.05, 4.0) else 300  # the first goes through the online pass
             student, teacher = h.logits(regime, (2, k))
             truth = h.oracle("kl_div_tau", student, teacher, tau, reduction="none")
-            # logits of 100 leave a float32 difference 2e-6 of its spread: the limit is as good as its inputs
-            allow = (0, 8e-6, 8e-6) if regime == "offset" and tau == math.inf else (0, 0, 0)
-            if regime == "peaked" and tau == 0.05:  # a KL of 1e-35: what float32 holds at all
-                allow = tuple(2 * e for e in h.eager_errors("kl_div_tau", student, teacher, truth, tau=tau, reduction="none"))
-            h.check(where, "kl_div_tau", student, teacher, tau=tau, grads="st", reduction="none", truth=truth, allow=allow)
+            h.check(where, "kl_div_tau", student, teacher, tau=tau, grads="st", reduction="none", truth=truth)
     online(where)
     options(where)
     specials(where)
@@ -87,19 +84,15 @@ def online(where: h.Where) -> None:
     k = 9000
     step = np.where(np.arange(k) < 4096, -60.0, 0.0)  # the first block has no weight to speak of
     draws = {"late peak": step, "early peak": step[::-1].copy(), "slope": np.linspace(-30, 30, k), "flat": np.zeros(k)}
-    for name, shape in draws.items():
+    for shape in draws.values():
         teacher = torch.from_numpy(shape + rng.standard_normal((2, k))).float()
         for noise in (1e-3, 0.3, 8.0):
             student = teacher + torch.from_numpy(rng.standard_normal((2, k)) * noise).float()
             for tau in (0.05, 1.0, 50.0):
                 truth = h.oracle("kl_div_tau", student, teacher, tau, reduction="none")
                 got = where.run("kl_div_tau", student, teacher, tau=tau, reduction="none")
-                kl = truth.rows.max() / tau**2
-                # a KL this small at a low temperature hangs on the last bit of logits of 60 / tau
-                allow = 1e-4 if tau < 1 else 0.0
-                h.check_loss(got.loss, truth, (student, teacher), allow=allow)
-                h.check_grad(got.student, truth.student, student, (student, teacher), allow=allow)
-                assert math.isfinite(kl), name
+                h.check_loss(got.loss, truth, (student, teacher))
+                h.check_grad(got.student, truth.student, student, (student, teacher))
     masked = torch.from_numpy(rng.standard_normal((2, k))).float()
     masked[0, :4096] = -h.INF  # a block without any class of the teacher, where the student has some
     student = torch.from_numpy(rng.standard_normal((2, k))).float()
@@ -133,7 +126,9 @@ def options(where: h.Where) -> None:
         none = torch.zeros(0, 5, requires_grad=True)
         assert where.call(loss, none, none.detach(), reduction="sum").item() == 0
         assert math.isnan(where.call(loss, none, none.detach(), reduction="mean").item())
-    h.check(where, "kl_div_tau", student, teacher, tau=3.0, teacher_tau=1.5, grads="st")
+    for tau, teacher_tau in ((3.0, 1.5), (1.0, 50.0), (20.0, 0.3)):
+        h.check(where, "kl_div_tau", student, teacher, tau=tau, teacher_tau=teacher_tau, grads="st")
+    h.check(where, "kl_div_tau", student[..., :1], teacher[..., :1], tau=3.0, teacher_tau=1.5, grads="st")
     h.check(where, "kl_div_tau", student, teacher, tau=3.0, scale_by_tau_squared=False)
 
 
@@ -153,10 +148,18 @@ def specials(where: h.Where) -> None:
             h.check(where, loss, *both, grads="st", **extra)
             got = where.run(loss, student, teacher, grads="", reduction="none", **extra).loss
             assert got[2] == h.INF and got[3:5].isnan().all() and got[[0, 5]].isfinite().all(), (loss, extra, got)
-    # a class of vanishing weight in the teacher, at -inf in the student
-    student, teacher = torch.zeros(1, 4), torch.tensor([[0.0, 0.0, 0.0, -1e4]])
-    student[0, 3] = -h.INF
-    assert where.run("kl_div_tau", student, teacher, grads="").loss == h.INF
+        # a class of vanishing weight in the teacher, at -inf in the student; a student without any class
+        student, teacher = torch.zeros(2, k), torch.zeros(2, k)
+        teacher[0, 3] = -1e4
+        student[0, 3] = -h.INF
+        student[1] = -h.INF
+        assert (where.run("kl_div_tau", student, teacher, grads="", reduction="none").loss == h.INF).all()
+        # a class masked with the lowest finite number, on one side or both
+        student, teacher = h.logits("typical", (3, k))
+        lowest = torch.finfo(torch.float32).min
+        teacher[0, 1] = student[1, 2] = teacher[1, 2] = teacher[2, k - 1] = lowest
+        for options in ({"tau": 0.5}, {"tau": 4.0}, {"tau": 2.0, "teacher_tau": 1.0}):
+            h.check(where, "kl_div_tau", student, teacher, grads="st", reduction="none", **options)
 
 
 def strides(where: h.Where) -> None:
@@ -166,7 +169,9 @@ def strides(where: h.Where) -> None:
         h.check(where, loss, student, teacher, grads="st", view=lambda x: x.transpose(0, 1))
         h.check(where, loss, student, teacher, grads="s", view=lambda x: x[..., 1:-3])
         h.check(where, loss, student, teacher[:, :1], teacher_view=lambda x: x.expand(3, 4, 20))
-        h.check(where, loss, *h.logits("typical", (2, 3, 2, 3, 2, 8)), grads="st", view=lambda x: x[:, ::2, :, ::2])
+        for dims in (6, 7):  # leading dimensions that do not merge; seven are copied
+            every_other = lambda x: x[(slice(None, None, 2),) * (x.dim() - 1)]  # noqa: E731
+            h.check(where, loss, *h.logits("typical", (3,) * dims + (8,)), grads="st", view=every_other)
         for view in (lambda x: x * 1, lambda x: (x * 1)[:, :-1]):
             leaf = student.clone().requires_grad_()
             where.call(loss, view(leaf), view(teacher), inplace_backward=True).backward()
@@ -182,7 +187,7 @@ def agreement(where: h.Where) -> None:
 
     @settings(max_examples=60, deadline=None, derandomize=True, database=None)
     @given(
-        rows=st.integers(1, 3), k=st.integers(1, 70), tau=st.sampled_from((0.3, 1.0, 4.0, 20.0, 1e3, 1e6, math.inf)),
+        rows=st.integers(1, 3), k=st.integers(1, 70), tau=st.sampled_from((0.05, 0.3, 1.0, 4.0, 20.0, 1e3, 1e6, math.inf)),
         spread=st.floats(0, 8), noise=st.floats(1e-2, 4), pair=st.sampled_from(tuple(h.PAIRS)), seed=st.integers(0, 1000),
         loss=st.sampled_from(("kl_div_tau", "logit_mse")), masked=st.booleans(), weighted=st.booleans(),
     )  # fmt: skip
@@ -210,18 +215,14 @@ def agreement(where: h.Where) -> None:
         ours = where.run(loss, student, teacher, grads="st", **options)
         theirs = h.Where("cpu", "cpp").run(loss, student, teacher, grads="st", **options)
         kind = h.arithmetic(student, teacher)
-        eager = (0, 0, 0) if masked else h.eager_errors(loss, student, teacher, truth, **options)
-        for name, want, slack in (("student", truth.student, eager[1]), ("teacher", truth.teacher, eager[2])):
+        for name, want in (("student", truth.student), ("teacher", truth.teacher)):
             a, b = (h.to_numpy(getattr(got, name)) for got in (ours, theirs))
             dtype = getattr(ours, name).dtype
             rounding = 2 * h.rounding_error(want, dtype) if dtype != kind else 0
-            size = float(np.sqrt((want.astype(np.float64) ** 2).sum()))
-            assert h.relative_l2(a, b) <= 2 * max(h.GRAD_BUDGET[kind], 2 * slack) + rounding or size < 1e-9, (
-                name,
-                h.relative_l2(a, b),
-            )
-        error = abs(float(ours.loss) - float(theirs.loss))
-        assert error <= 2 * max(h.LOSS_BUDGET[kind], 2 * eager[0]) * truth.size or truth.size < 1e-12
+            apart = h.relative_l2(a, b, h.FLOOR[kind])
+            assert apart <= 2 * h.GRAD_BUDGET[kind] + rounding, (name, apart)
+        apart = h.relative(abs(float(ours.loss) - float(theirs.loss)), truth.size, h.FLOOR[kind])
+        assert apart <= 2 * h.LOSS_BUDGET[kind], apart
 
     agree()
 
@@ -240,7 +241,7 @@ def gradcheck() -> None:
 
 
 def compiled_graph() -> None:
-    student, teacher = h.logits("typical", (3, 40))
+    student, teacher = h.logits("typical", (3, 300))  # a shorter row's statistics are not filled: its backward makes them anew
     grads = []
     for call in (kdfast.kl_div_tau, torch.compile(kdfast.kl_div_tau, fullgraph=True, backend="aot_eager")):
         leaf = student.clone().requires_grad_()
@@ -255,19 +256,23 @@ def compiled_graph() -> None:
 # ---------------------------------------------------------------------------------------------------------------- emulator
 
 
-def emulate() -> None:
-    """Every launch is checked for memory errors and races; SOFTGPU_STATS holds one line of counts a launch."""
+def emulate(counts: Path) -> None:
+    """Every launch is checked for memory errors, and leaves a line in `counts`. Prints which of its lines each case begins with."""
     where = h.Where("cuda", "triton")
-    for k, rows in ((10, 256), (1000, 8), (1003, 8), (4096, 4), (32000, 2), (128256, 1)):
+
+    def begin(*case: object) -> None:
+        show(json.dumps([*case, counts.read_text().count("\n") if counts.exists() else 0]))
+
+    for k, rows in ((10, 256), (1000, 8), (1003, 8), (4096, 4), (16000, 2), (32000, 2), (128256, 1)):
         for pair in ("bf16", "fp32"):
             student, teacher = h.logits("typical", (rows, k), h.PAIRS[pair])
             truth = h.oracle("kl_div_tau", student, teacher, 4.0, reduction="mean")
             for grads in ("", "s", "st") if k < 100_000 else ("s",):
-                show("case", json.dumps([k, pair, rows * k, grads]))
+                begin(k, pair, rows * k, grads)
                 h.check(where, "kl_div_tau", student, teacher, tau=4.0, reduction="mean", grads=grads, truth=truth)
-            show("case", json.dumps([k, pair, rows * k, "mse"]))
+            begin(k, pair, rows * k, "mse")
             h.check(where, "logit_mse", student, teacher)
-    show("case", json.dumps([0, "", 0, "rest"]))
+    begin(0, "", 0, "")
     student, teacher = h.logits("typical", (4, 3, 24), h.PAIRS["bf16"])
     weight = torch.rand(4, 3, generator=torch.Generator().manual_seed(0)) > 0.4
     for loss in ("kl_div_tau", "logit_mse"):
@@ -314,13 +319,13 @@ def compile_for(capability: int) -> None:
             registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", text).groups())
             yield {"kernel": name, "registers": registers, "spilled": stack + local, "warps": kernel.metadata.num_warps}
 
-    shapes = (10, 1000, 4096, 32000) if capability == 90 else (1000, 32000)
+    shapes = (10, 1000, 4096, 16000, 32000) if capability == 90 else (1000, 32000)
     for k in shapes:
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
             student, teacher, one = torch.zeros(4, k, dtype=dtype), torch.zeros(4, k, dtype=dtype), torch.ones(())
             for loss, extra in (("kl_div_tau", (4.0, 4.0, True)), ("logit_mse", (True, True))):
                 rest = (None, None, None, 3, -1, *extra)
-                stats = torch.zeros(4, 8 if loss == "kl_div_tau" else 3)
+                stats = torch.zeros(4, 9 if loss == "kl_div_tau" else 4)
                 OPERATORS[f"{loss}_forward"](student, teacher, *rest)
                 OPERATORS[f"{loss}_forward_grad"](student, teacher, *rest)
                 if k in (1000, 32000) and capability == 90:
@@ -333,6 +338,7 @@ def compile_for(capability: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"interpreter": interpret, "emulator": emulate, "compile": lambda: compile_for(int(sys.argv[2]))}[sys.argv[1]]()
+    kind, *rest = sys.argv[1:]
+    {"interpreter": interpret, "emulator": lambda: emulate(Path(*rest)), "compile": lambda: compile_for(int(*rest))}[kind]()
     show("done")
     os._exit(0)  # the emulator's threads may still be there

@@ -47,8 +47,14 @@ struct HardPart {
   KDFAST_INLINE bool holds_target(int64_t i) const { return uint64_t(target - i) < uint64_t(kLanes<V>); }
 
   void start(F s_max) { stat[HardStat::s_max] = s_max; }
-  template <class Lanes>
-  KDFAST_INLINE void add(Sums& sums, int64_t i, Lanes lanes, V s, V e) const {
+  // Adds a vector to the sums, and leaves its exponentials in a scratch row where `keep`. shared: those of the soft part, which
+  // at tau = 1 are the same.
+  template <bool keep, class Lanes>
+  KDFAST_INLINE void add(Sums& sums, F* kept_e, int64_t i, Lanes lanes, V s, V shared) const {
+    if (!counts) return;
+    V e = shared;
+    if (!shares) e = exponential(s);
+    if constexpr (keep) store(kept_e + i, e, lanes);
     if (holds_target(i)) {
       sums.target_s = s[target - i];
       sums.target_exponential = e[target - i];
@@ -76,7 +82,7 @@ struct HardPart {
     Sums sums;
     const auto add_vector = [&](int64_t i, auto lanes) {
       const V s = load<V>(student + i, lanes, -inf);
-      add(sums, i, lanes, s, exponential(s));
+      add<false>(sums, nullptr, i, lanes, s, V{});
     };
     for_each_vector<V>(classes, 0, add_vector, sums);
     finish_row(sums);
@@ -117,14 +123,29 @@ struct HardPart {
 template <class F>
 using KdSquare = Square<F, KdLossArgs>;
 
+// The pairs of types that KdLossArgs takes: of seven pairs with one double the code would be half as much again.
+template <class Loss, class S, class T, bool taken = (sizeof(S) == 8) == (sizeof(T) == 8)>
+struct Taken : Loss {};
+template <class Loss, class S, class T>
+struct Taken<Loss, S, T, false> {
+  struct None {
+    static void run(const KdLossArgs&, int64_t, int64_t) { abort(); }
+  };
+  using Forward = None;
+  using Backward = None;
+};
 template <class F, class S, class T>
-using KdLossKlForward = typename KlDivTau<KdLossArgs, HardPart, F, S, T>::Forward;
+using KdLossKl = Taken<KlDivTau<KdLossArgs, HardPart, F, S, T>, S, T>;
 template <class F, class S, class T>
-using KdLossKlBackward = typename KlDivTau<KdLossArgs, HardPart, F, S, T>::Backward;
+using KdLossMse = Taken<LogitDifference<KdSquare, HardPart, F, S, T>, S, T>;
 template <class F, class S, class T>
-using KdLossMseForward = typename LogitDifference<KdSquare, HardPart, F, S, T>::Forward;
+using KdLossKlForward = typename KdLossKl<F, S, T>::Forward;
 template <class F, class S, class T>
-using KdLossMseBackward = typename LogitDifference<KdSquare, HardPart, F, S, T>::Backward;
+using KdLossKlBackward = typename KdLossKl<F, S, T>::Backward;
+template <class F, class S, class T>
+using KdLossMseForward = typename KdLossMse<F, S, T>::Forward;
+template <class F, class S, class T>
+using KdLossMseBackward = typename KdLossMse<F, S, T>::Backward;
 
 void kd_loss_forward(const KdLossArgs& args, int64_t begin, int64_t end) {
   args.soft == Soft::kl ? with_types<KdLossKlForward>(args, begin, end) : with_types<KdLossMseForward>(args, begin, end);

@@ -28,6 +28,7 @@ struct KlTemperatures {
 template <class F, class V, class S, class T>
 struct KlRow {
   static constexpr F inf = F(__builtin_inf());
+  static constexpr F kNarrow = sizeof(F) == 4 ? 2 : -1;  // the range of WidePhiSeries
   static constexpr bool kSixteenBits = sizeof(S) == 2 && sizeof(T) == 2;
 
   KlTemperatures<F> k;
@@ -35,8 +36,11 @@ struct KlRow {
   const T* teacher = nullptr;
   int64_t classes = 0;
   F stat[KlStat::count] = {};
-  F rest = 0;  // of the plain form
+  F rest = 0;                           // of the plain form
+  F s0 = 0, s1 = 0, z = 0, excess = 0;  // the sums of w, w x, v and w phi(x)
   F kl = 0;
+  // Every |x| is at most kNarrow, none masked: then e^x comes from the series, and the student's exponentials are not needed.
+  bool narrow = false;
   bool infinite = false;  // the student is at -inf where the teacher is not, be the mass there too small for a float
 
   KlRow() = default;
@@ -44,12 +48,12 @@ struct KlRow {
       : k(temperatures), student(s), teacher(t), classes(n) {}
 
   template <class Lanes>
-  KDFAST_INLINE V student_logits(int64_t i, Lanes lanes) const {
-    return load<V>(student + i, lanes, -inf);
+  KDFAST_INLINE V student_logits(int64_t i, Lanes lanes, F fill = -inf) const {
+    return load<V>(student + i, lanes, fill);
   }
   template <class Lanes>
-  KDFAST_INLINE V teacher_logits(int64_t i, Lanes lanes) const {
-    return load<V>(teacher + i, lanes, -inf);
+  KDFAST_INLINE V teacher_logits(int64_t i, Lanes lanes, F fill = -inf) const {
+    return load<V>(teacher + i, lanes, fill);
   }
   KDFAST_INLINE V teacher_weight(V t) const {  // w
     return exp2_nonpositive((t - stat[KlStat::t_max]) * k.teacher_log2);
@@ -68,15 +72,24 @@ struct KlRow {
 
   // The pass for the maxima, and what follows from them.
   void find_reference() {
-    V s_max = splat<V>(-inf), t_max = s_max, s_at_t_max = s_max, missing = s_max, size{};
+    V s_max = splat<V>(-inf), t_max = s_max, s_at_t_max = s_max, s_min = splat<V>(inf), t_min = s_min, d_max = s_max,
+      d_min = s_min;
+    // (What fills the last vector changes no extremum.)
+    const F s_first = load<V>(student, First{classes > 0}, 0)[0], t_first = load<V>(teacher, First{classes > 0}, 0)[0];
     for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
-      const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
+      const V s = student_logits(i, lanes, s_first), t = teacher_logits(i, lanes, t_first), d = s - t;
       s_at_t_max = t > t_max ? s : s_at_t_max;
       t_max = vmax(t, t_max);
       s_max = vmax(s, s_max);
-      missing = vmax(s == -inf ? t : splat<V>(-inf), missing);
-      if constexpr (!kSixteenBits) size = vmax(vmax(finite_magnitude(s), finite_magnitude(t)), size);
+      s_min = vmin(s, s_min);
+      t_min = vmin(t, t_min);
+      d_max = vmax(d, d_max);
+      d_min = vmin(d, d_min);
     });
+    const bool masked = any((s_min == -inf) | (t_min == -inf));
+    V size =
+        vmax(vmax(finite_magnitude(s_max), finite_magnitude(s_min)), vmax(finite_magnitude(t_max), finite_magnitude(t_min)));
+    infinite = masked && survey_masked(size);
     const F s_top = largest(s_max), t_j = largest(t_max);
     F s_j = largest(t_max == t_j ? s_at_t_max : splat<V>(-inf));
     if (s_j == -inf)
@@ -95,16 +108,66 @@ struct KlRow {
       stat[KlStat::centre] = 0;
     }
     rest = (stat[KlStat::s_max] - s_j) * k.inv_tau;
-    infinite = largest(missing) > -inf;
+    const F reach = kNarrow / k.inv_tau, d_j = s_j - t_j;
+    narrow = k.equal && !masked && !any(vmax(d_max - d_j, d_j - d_min) <= reach ? IntOf<V>{} : ~IntOf<V>{});
   }
 
-  // The pass for the sums, the hard part's too. Leaves w, v and the hard part's exponentials, where they are not v, in scratch
-  // rows where `keep`, and fetches another row.
+  // A row with classes at -inf: the largest finite magnitude, and whether the student has one where the teacher has not.
+  __attribute__((noinline)) bool survey_masked(V& size) const {
+    V missing = splat<V>(-inf);
+    for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
+      const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
+      missing = vmax(s == -inf ? t : splat<V>(-inf), missing);
+      size = vmax(vmax(finite_magnitude(s), finite_magnitude(t)), size);
+    });
+    return largest(missing) > -inf;
+  }
+
+  // w, and u = w (e^x - 1) from the series, in a narrow row.
+  template <class Lanes>
+  KDFAST_INLINE void narrow_weights(int64_t i, Lanes lanes, V& w, V& u, V& wx, V& w_phi) const {
+    const V s = student_logits(i, lanes), t = teacher_logits(i, lanes), x = only(lanes, difference(s, t));
+    w = teacher_weight(t);
+    wx = w * x;
+    w_phi = wx * x * math::polynomial<math::WidePhiSeries>(x);
+    u = wx + w_phi;
+  }
+
+  // sum_row of a narrow row: leaves w and u.
+  template <bool keep, class Hard>
+  void sum_narrow_row(F* kept_w, F* kept_u, F* kept_e, Hard& hard, const S* next_student, const T* next_teacher) {
+    typename Hard::Sums hard_sums;
+    const F exp_back = math::exp(-rest);  // v = w e^x e^-rest
+    Sum<V> sum_w, sum_wx, sum_w_phi;
+    const auto add = [&](int64_t i, auto lanes) {
+      __builtin_prefetch(next_student + i, 0, 2);
+      __builtin_prefetch(next_teacher + i, 0, 2);
+      V w, u, wx, w_phi;
+      narrow_weights(i, lanes, w, u, wx, w_phi);
+      sum_w += w;
+      sum_wx += wx;
+      sum_w_phi += w_phi;
+      if constexpr (keep) {
+        store(kept_w + i, w, lanes);
+        store(kept_u + i, u, lanes);
+      }
+      if constexpr (Hard::kStats > 0)
+        hard.template add<keep>(hard_sums, kept_e, i, lanes, student_logits(i, lanes), (w + u) * exp_back);
+    };
+    for_each_vector<V>(classes, 0, add, sum_w, sum_wx, sum_w_phi, hard_sums);
+    if constexpr (Hard::kStats > 0) hard.finish_row(hard_sums);
+    s0 = sum_w.value();
+    s1 = sum_wx.value();
+    excess = sum_w_phi.value();
+  }
+
+  // The pass for the sums, the hard part's too. Leaves w, v and the hard part's exponentials in scratch rows where `keep`, and
+  // fetches another row.
   template <bool keep, class Hard>
   void sum_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, const S* next_student, const T* next_teacher) {
     typename Hard::Sums hard_sums;
     const F exp_rest = math::exp(rest);  // w e^x = v e^rest
-    Sum<V> s0, s1, z, excess;
+    Sum<V> sum_w, sum_wx, sum_v, sum_w_phi;
     const auto add = [&](int64_t i, auto lanes) {
       __builtin_prefetch(next_student + i, 0, 2);
       __builtin_prefetch(next_teacher + i, 0, 2);
@@ -112,42 +175,44 @@ struct KlRow {
       const V w = teacher_weight(t), v = student_weight(s), difference_or_nan = difference(s, t);
       const V x = w == 0 ? V{} : difference_or_nan;  // 0 log 0
       const V wx = w * x;
-      s0 += w;
-      s1 += wx;
-      z += v;
+      sum_w += w;
+      sum_wx += wx;
+      sum_v += v;
       // A class that the teacher masks has no w, but its v counts: its difference is not below 1, being infinite or NaN.
-      excess += difference_or_nan * difference_or_nan < 1 ? w * math::phi_series(x) : (v * exp_rest - w) - wx;
+      sum_w_phi += difference_or_nan * difference_or_nan < 1 ? w * math::phi_series(x) : (v * exp_rest - w) - wx;
       if constexpr (keep) {
         store(kept_w + i, w, lanes);
         store(kept_v + i, v, lanes);
       }
-      if constexpr (Hard::kStats > 0) {
-        if (hard.shares) {
-          hard.add(hard_sums, i, lanes, s, v);
-        } else if (hard.counts) {
-          const V e = hard.exponential(s);
-          hard.add(hard_sums, i, lanes, s, e);
-          if constexpr (keep) store(kept_e + i, e, lanes);
-        }
-      }
+      if constexpr (Hard::kStats > 0) hard.template add<keep>(hard_sums, kept_e, i, lanes, s, v);
     };
-    for_each_vector<V>(classes, 0, add, s0, s1, z, excess, hard_sums);
+    for_each_vector<V>(classes, 0, add, sum_w, sum_wx, sum_v, sum_w_phi, hard_sums);
     if constexpr (Hard::kStats > 0) hard.finish_row(hard_sums);
-    finish_row(s0.value(), s1.value(), z.value(), excess.value());
+    s0 = sum_w.value();
+    s1 = sum_wx.value();
+    z = sum_v.value();
+    excess = sum_w_phi.value();
   }
 
   // The row's numbers from its sums.
-  void finish_row(F s0, F s1, F z, F excess) {
-    const F inv_s0 = 1 / s0, finite_mean = s1 * inv_s0, mean = infinite && finite_mean == finite_mean ? -inf : finite_mean;
-    if (z == 0) z = 1;  // the student is at -inf everywhere: the mean makes the loss infinite
+  void finish_row() {
+    const F inv_s0 = 1 / s0, finite_mean = s1 * inv_s0, mean_excess = excess * inv_s0;
+    const F mean = infinite && finite_mean == finite_mean ? -inf : finite_mean;
+    F log_ratio;
+    if (narrow) {  // Z e^rest = S0 + S1 + sum w phi(x)
+      log_ratio = math::log1p(mean + mean_excess);
+      stat[KlStat::inv_z] = inv_s0 * math::exp(rest - log_ratio);
+    } else {
+      if (z == 0) z = 1;  // the student is at -inf everywhere: the mean makes the loss infinite
+      log_ratio = math::log(z * inv_s0) + rest;
+      stat[KlStat::inv_z] = 1 / z;
+    }
     stat[KlStat::mean] = mean;
     stat[KlStat::inv_s0] = inv_s0;
-    stat[KlStat::inv_z] = 1 / z;
-    const F log_ratio = math::log(z * inv_s0) + rest;
     kl = log_ratio - mean;
     stat[KlStat::shift] = log_ratio;
     if (kl < F(math::kStableBelow)) {
-      const F phi_mean = math::phi(mean), centred = excess * inv_s0 - phi_mean;
+      const F phi_mean = math::phi(mean), centred = mean_excess - phi_mean;
       // Around a class that is far off the mean this difference would lose digits (three bits are given away), or overflow.
       kl = centred >= phi_mean / 8 ? math::log1p(math::exp(-mean) * centred) : centred_kl();
       if (kl < 0) kl = 0;  // rounding, where nearly nothing is left
@@ -167,6 +232,24 @@ struct KlRow {
     };
     for_each_vector<V>(classes, 0, add, excess);
     return math::log1p(excess.value() * stat[KlStat::inv_s0]);
+  }
+
+  // The pass for the student's gradient in a narrow row: q - p = p expm1(x - shift) = p (e^-shift (e^x - 1) + (e^-shift - 1)),
+  // as good as x itself where |shift| is no more than a few. each(i, lanes, w, u) sets w and u.
+  template <class Each, class Weights, class Hard>
+  void write_narrow_gradient(Each each, Weights weights, const Hard& hard, F factor, const GradientRow<S>& grad_student) const {
+    const F p = stat[KlStat::inv_s0] * factor, back = -stat[KlStat::shift], growth = math::exp(back);
+    const F by_u = p * growth, by_w = p * (back * back < 1 ? math::expm1_series(back) : growth - 1);
+    const auto write = [&](int64_t i, auto lanes) {
+      V w, u;
+      each(i, lanes, w, u);
+      V g = u * by_u + w * by_w;
+      if constexpr (Hard::kStats > 0)
+        if (hard.writes) g += hard.gradient(weights, i, lanes, student_logits(i, lanes));
+      grad_student.put(i, g, lanes);
+    };
+    for_each_vector<V>(classes, grad_student.template head<V>(), write);
+    grad_student.zero(classes);
   }
 
   // The pass for the gradients: the student's where it is wanted, the teacher's where `for_teacher`. weights.teacher(i, lanes,
@@ -260,6 +343,27 @@ struct KlDivTau {
                                               factor * F(args.scale / args.teacher_tau), grad_student, grad_teacher);
   }
 
+  template <bool keep, class Weights>
+  static void narrow_gradient(const Args& args, int64_t r, F weight, const Row& row, Hard& hard, Weights weights,
+                              const F* kept_w, const F* kept_u) {
+    const auto each = [&](int64_t i, auto lanes, V& w, V& u) {
+      if constexpr (keep) {
+        w = load<V>(kept_w + i, lanes, 0);
+        u = load<V>(kept_u + i, lanes, 0);
+      } else {
+        V wx, w_phi;
+        row.narrow_weights(i, lanes, w, u, wx, w_phi);
+      }
+    };
+    const F grad_row = args.grad_loss.at(r, F(1)) * weight;
+    const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
+    if constexpr (Hard::kStats > 0) {
+      hard.scale(grad_row * F(args.hard_grad_scale));
+      if (hard.alone) return hard.write_gradient(weights, grad_student);
+    }
+    row.write_narrow_gradient(each, weights, hard, grad_row * F(args.grad_scale) * F(args.scale / args.tau), grad_student);
+  }
+
   // Rows of few classes go through each pass together: what a row waits for between two passes is then another row's work.
   static constexpr int kTogether = 16, kTogetherClasses = 2048;
   static constexpr int kKeptRows = Hard::kStats > 0 ? 3 : 2;
@@ -291,24 +395,34 @@ struct KlDivTau {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t next = first + i + together < end ? first + i + together : first + i;
         if (weight[i] == 0) continue;
+        const S* next_student = row_of<S>(args.student, next);
+        const T* next_teacher = row_of<T>(args.teacher, next);
         if constexpr (Hard::kStats > 0) hard[i].start(rows[i].stat[KlStat::s_max]);
-        rows[i].template sum_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], row_of<S>(args.student, next),
-                                       row_of<T>(args.teacher, next));
+        if (rows[i].narrow)
+          rows[i].template sum_narrow_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student, next_teacher);
+        else
+          rows[i].template sum_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student, next_teacher);
       }
       for (int64_t i = 0; i < count; ++i) {
+        if (weight[i] != 0) rows[i].finish_row();
         const F loss = rows[i].kl * F(args.scale) * weight[i];
         hard[i].store_loss(args, first + i, weight[i], weight[i] != 0 ? loss : 0);
         copy_numbers(args.row_stats, (first + i) * kStats, rows[i].stat, KlStat::count);
         hard[i].store_stats(args.row_stats, (first + i) * kStats + KlStat::count);
       }
-      if (args.grad_student.data)
-        for (int64_t i = 0; i < count; ++i) {
-          if constexpr (keep)
-            gradients<false>(args, first + i, weight[i], rows[i], hard[i],
-                             Kept{kept_w(i), kept_v(i), hard[i].shares ? kept_v(i) : kept_e(i)});
-          else
-            gradients<false>(args, first + i, weight[i], rows[i], hard[i], Recomputed{rows[i]});
-        }
+      if (!args.grad_student.data) continue;
+      const auto write = [&](int64_t i, auto weights) {
+        if (weight[i] != 0 && rows[i].narrow)
+          narrow_gradient<keep>(args, first + i, weight[i], rows[i], hard[i], weights, kept_w(i), kept_v(i));
+        else
+          gradients<false>(args, first + i, weight[i], rows[i], hard[i], weights);
+      };
+      for (int64_t i = 0; i < count; ++i) {
+        if constexpr (keep)
+          write(i, Kept{kept_w(i), kept_v(i), kept_e(i)});
+        else
+          write(i, Recomputed{rows[i]});
+      }
     }
   }
 
@@ -327,9 +441,8 @@ struct KlDivTau {
 
   struct Forward {
     static void run(const Args& args, int64_t begin, int64_t end) {
-      const bool keep =
-          args.grad_student.data && args.classes * int64_t(sizeof(S) + sizeof(T) + kKeptRows * sizeof(F)) <= kKeptBytes;
-      keep ? forward<true>(args, begin, end) : forward<false>(args, begin, end);
+      const int64_t bytes = args.classes * int64_t(sizeof(S) + sizeof(T) + kKeptRows * sizeof(F));
+      args.grad_student.data&& bytes <= kKeptBytes ? forward<true>(args, begin, end) : forward<false>(args, begin, end);
     }
   };
   struct Backward {

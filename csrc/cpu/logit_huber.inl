@@ -23,10 +23,7 @@ struct Huber {
         slope_factor(value_factor) {}
 
   // NaN for NaN.
-  KDFAST_INLINE static V clamp(V d, F bound) {
-    const V above = vmax(splat<V>(-bound), d);
-    return above > bound ? splat<V>(bound) : above;
-  }
+  KDFAST_INLINE static V clamp(V d, F bound) { return vmin(splat<V>(bound), vmax(splat<V>(-bound), d)); }
   // sqrt(d^2 + delta^2) where that does not overflow, else |d| (which is it, rounded).
   KDFAST_INLINE V root(V d) const {
     const V squared = d * d;

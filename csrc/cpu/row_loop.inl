@@ -68,7 +68,7 @@ struct Scratch {
 template <class F, class V, class S>
 struct NoHardPart {
   static constexpr int kStats = 0;  // numbers a row for the backward pass
-  static constexpr bool alone = false, shares = false;
+  static constexpr bool alone = false;
 
   struct Sums {
     KDFAST_INLINE void carry() {}

@@ -69,6 +69,22 @@ KDFAST_INLINE V vmax(V a, V b) {
 #endif
 }
 template <class V>
+KDFAST_INLINE V vmin(V a, V b) {
+#if defined(KDFAST_AVX512)
+  if constexpr (sizeof(ScalarOf<V>) == 4)
+    return _mm512_min_ps(a, b);
+  else
+    return _mm512_min_pd(a, b);
+#elif defined(KDFAST_AVX2)
+  if constexpr (sizeof(ScalarOf<V>) == 4)
+    return _mm256_min_ps(a, b);
+  else
+    return _mm256_min_pd(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+template <class V>
 KDFAST_INLINE V vsqrt(V x) {
 #if defined(KDFAST_AVX512)
   if constexpr (sizeof(ScalarOf<V>) == 4)
@@ -83,6 +99,19 @@ KDFAST_INLINE V vsqrt(V x) {
 #else
   for (int i = 0; i < kLanes<V>; ++i) x[i] = sizeof(ScalarOf<V>) == 4 ? __builtin_sqrtf(x[i]) : __builtin_sqrt(x[i]);
   return x;
+#endif
+}
+// Whether the mask holds in any lane.
+template <class I>
+KDFAST_INLINE bool any(I mask) {
+#if defined(KDFAST_AVX512)
+  return _mm512_movepi8_mask((__m512i)mask) != 0;
+#elif defined(KDFAST_AVX2)
+  return _mm256_movemask_epi8((__m256i)mask) != 0;
+#else
+  bool found = false;
+  for (unsigned i = 0; i < sizeof(mask) / sizeof(mask[0]); ++i) found |= mask[i] != 0;
+  return found;
 #endif
 }
 // |x|, and 0 for an infinity or NaN.
@@ -282,6 +311,15 @@ KDFAST_INLINE V load(const S* p, First first, ScalarOf<V> fill) {
 template <class V, class S>
 KDFAST_INLINE V load(const S* p, Full, ScalarOf<V>) {
   return load<V>(p, Full{});
+}
+// x in the lanes, 0 in the others.
+template <class V>
+KDFAST_INLINE V only(Full, V x) {
+  return x;
+}
+template <class V>
+KDFAST_INLINE V only(First first, V x) {
+  return lanes_below<V>(first.n) ? x : V{};
 }
 template <class V, class S>
 KDFAST_INLINE void store(S* p, V v, First first) {

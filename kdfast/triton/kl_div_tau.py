@@ -1,9 +1,11 @@
 """softmax-KL at temperature tau in Triton: the operators kl_div_tau_* of csrc/ops.cpp. kl_math.py has the formulas.
 
 A row of up to a few thousand classes lies in one program's registers, several rows in one where they are short: loss and gradient come
-from one read. A longer row goes through block by block; its gradient is a second pass.
+from one read. A longer row goes through block by block, and once more for its gradient: at once, from the L2 cache, where the rows of
+all multiprocessors fit there.
 """
 
+import math
 from typing import Any
 
 import triton
@@ -11,172 +13,240 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.triton.kl_math import (
-    LOG2_E,
-    difference,
-    kl_of_part,
+    STABLE_BELOW,
+    centred,
+    empty_part,
+    excess_around_mean,
+    frame_of_tile,
+    loss_of_row,
     merge,
     number,
+    part_of_tile,
+    rest_of,
     student_gradient,
-    student_weight,
-    sum_tile,
-    teacher_weight,
+    teacher_gradient,
+    temperatures,
+    w_phi,
+    weight,
 )
 from kdfast.triton.launch import (
     Call,
     Divisor,
+    aligned,
+    grad_loss_of,
     grad_scale,
     gradient_args,
     load_tile,
     one_number,
     operators,
-    row_offsets,
     store_gradient,
     store_loss,
     weight_of,
 )
 
-STATS = 8  # KlStat of csrc/kernels.h: t_max, s_max, offset, centre, mean, kl, 1 / S0, 1 / Z
+STATS = 9  # KlStat of csrc/kl_math.h: t_max, s_max, s_offset, t_offset, centre, mean, shift, 1 / S0, 1 / Z
 
 
 @triton.jit
-def _temperatures(tau, teacher_tau, F: tl.constexpr):
-    """tau / teacher_tau, tau, 1 / tau, log2(e) / tau, log2(e) / teacher_tau"""
-    return (
-        number(tau / teacher_tau, F),
-        number(tau, F),
-        number(1.0 / tau, F),
-        number(LOG2_E / tau, F),
-        number(LOG2_E / teacher_tau, F),
-    )
-
-
-@triton.jit
-def _store_stats(row_stats, row, mask, part, kl):
-    t_max, s_max, offset, centre, _rest, mean, s0, z, _excess, _lost = part
-    at = row_stats + row * 8
+def _store_stats(row_stats, row, mask, frame, mean, shift, inv_s0, inv_z):
+    t_max, s_max, s_offset, t_offset, centre = frame
+    at = row_stats + row * 9
     tl.store(at, t_max, mask=mask)
     tl.store(at + 1, s_max, mask=mask)
-    tl.store(at + 2, offset, mask=mask)
-    tl.store(at + 3, centre, mask=mask)
-    tl.store(at + 4, mean, mask=mask)
-    tl.store(at + 5, kl, mask=mask)
-    tl.store(at + 6, 1.0 / s0, mask=mask)
-    tl.store(at + 7, 1.0 / z, mask=mask)
+    tl.store(at + 2, s_offset, mask=mask)
+    tl.store(at + 3, t_offset, mask=mask)
+    tl.store(at + 4, centre, mask=mask)
+    tl.store(at + 5, mean, mask=mask)
+    tl.store(at + 6, shift, mask=mask)
+    tl.store(at + 7, inv_s0, mask=mask)
+    tl.store(at + 8, inv_z, mask=mask)
+
+
+@triton.jit
+def _load_stats(row_stats, row, mask):
+    at = row_stats + row * 9
+    frame = (
+        tl.load(at, mask=mask, other=0.0),
+        tl.load(at + 1, mask=mask, other=0.0),
+        tl.load(at + 2, mask=mask, other=0.0),
+        tl.load(at + 3, mask=mask, other=0.0),
+        tl.load(at + 4, mask=mask, other=0.0),
+    )
+    mean, shift = tl.load(at + 5, mask=mask, other=0.0), tl.load(at + 6, mask=mask, other=0.0)
+    return frame, mean, shift, tl.load(at + 7, mask=mask, other=0.0), tl.load(at + 8, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_gradients(
+    w, v, y, mean, shift, inv_s0, inv_z, used, factor, for_student, for_teacher, row, k, rows, classes,
+    grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width,
+    F: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """A tile of the gradients that are wanted. The numbers of a row that is not used may be anything."""
+    p_factor, q_factor = tl.where(used, factor * inv_s0, 0.0), tl.where(used, factor * inv_z, 0.0)
+    if grad_student is not None:
+        f = number(for_student, F)
+        g = student_gradient(w, v, y - shift[:, None], (f * p_factor)[:, None], (f * q_factor)[:, None])
+        store_gradient(grad_student, student_grad_layout, student_width, row, k, rows, classes, g, V, PADDED)
+    if grad_teacher is not None:
+        mean = tl.where(used, mean, 0.0)
+        g = teacher_gradient(w, y - mean[:, None], (number(for_teacher, F) * p_factor)[:, None])
+        store_gradient(grad_teacher, teacher_grad_layout, teacher_width, row, k, rows, classes, g, V, PADDED)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def rows_kernel(
-    student, student_layout, teacher, teacher_layout, weight, weight_stride, rows, classes,
-    tau: "fp64", teacher_tau: "fp64", scale: "fp64", divisor: "fp64", divisor_tensor,
-    loss, row_stats, grad_student, grad_layout, width,
-    F: tl.constexpr, EXACT: tl.constexpr, PER_ROW: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    student, student_layout, teacher, teacher_layout, row_weight, weight_stride, rows, classes,
+    ratio: "fp64", inv_tau: "fp64", student_log2: "fp64", teacher_log2: "fp64", scale: "fp64", for_student: "fp64", for_teacher: "fp64",
+    divisor: "fp64", divisor_tensor,
+    loss, row_stats, grad_loss, grad_loss_stride,
+    grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width,
+    F: tl.constexpr, READ: tl.constexpr, PER_ROW: tl.constexpr, R: tl.constexpr, C: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """R whole rows: their loss, and either their statistics or the student's gradient."""
+    """R whole rows: what is wanted of their loss, statistics and gradients."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     k = tl.arange(0, C)
-    row_weight = weight_of(weight, weight_stride, row, rows, F)
-    used = row_weight != 0.0
-    mask = used[:, None] & (k < classes)[None, :]
-    s = load_tile(student, student_layout, row, k, mask, F)
-    t = load_tile(teacher, teacher_layout, row, k, mask, F)
-    ratio, tau_f, inv_tau, student_log2, teacher_log2 = _temperatures(tau, teacher_tau, F)
-    part, w, v, y = sum_tile(s, t, ratio, tau_f, inv_tau, student_log2, teacher_log2, EXACT, True)
-    kl = kl_of_part(part, True)
-    store_loss(loss, row, rows, tl.where(used, kl * number(scale, F) * row_weight, 0.0), PER_ROW)
+    factor = weight_of(row_weight, weight_stride, row, rows, F)
+    used = factor != 0.0
+    mask = used[:, None] & (k < aligned(classes, V))[None, :]
+    s = load_tile(student, student_layout, row, k, mask, F, V)
+    t = load_tile(teacher, teacher_layout, row, k, mask, F, V)
+    temps = temperatures(ratio, inv_tau, student_log2, teacher_log2, F)
+    frame, infinite, w = frame_of_tile(s, t, temps, READ)
+    v = weight(s, frame[1][:, None], temps[2])
+    y = centred(s, t, frame, temps, READ)
+    rest = rest_of(frame, frame[1], frame[0], temps, READ)
+    s0, z = tl.sum(w, 1), tl.sum(v, 1)
+    mean = tl.sum(w * y, 1) / s0
+    excess = excess_around_mean(tl.sum(w_phi(w, v, y, tl.exp(rest)[:, None]), 1), mean, s0)
+    kl, mean, shift = loss_of_row(rest, mean, s0, z, excess, infinite)
+    if loss is not None:
+        store_loss(loss, row, rows, tl.where(used, kl * number(scale, F) * factor, 0.0), PER_ROW)
     if row_stats is not None:
-        _store_stats(row_stats, row, row < rows, part, kl)
-    if grad_student is not None:
-        t_max, s_max, offset, centre, rest, mean, s0, z, excess, lost = part
-        factor = grad_scale(divisor, divisor_tensor, F) * row_weight * number(scale / tau, F)
-        g = student_gradient(w, v, y - (mean + kl)[:, None], (factor / s0)[:, None], (factor / z)[:, None])
-        at = grad_student + row_offsets(row, grad_layout)[:, None]
-        there = (row < rows)[:, None]
-        tl.store(at + k[None, :], tl.where(mask, g, 0.0).to(grad_student.dtype.element_ty), mask=there & (k < width)[None, :])
-        for start in range(C, width, C):
-            tl.store(
-                at + (start + k)[None, :],
-                tl.zeros([R, C], grad_student.dtype.element_ty),
-                mask=there & (start + k < width)[None, :],
-            )
+        _store_stats(row_stats, row, row < rows, frame, mean, shift, 1.0 / s0, 1.0 / z)
+    if grad_student is not None or grad_teacher is not None:
+        factor *= grad_scale(divisor, divisor_tensor, F) * grad_loss_of(grad_loss, grad_loss_stride, row, rows, F)
+        width = tl.maximum(student_width, teacher_width) if PADDED else 1  # beyond the first tile all is padding
+        for start in range(0, width, C):
+            _store_gradients(
+                w, v, y, mean, shift, 1.0 / s0, 1.0 / z, used, factor, for_student, for_teacher, row, start + k, rows, classes,
+                grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width, F, V, PADDED,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
-def online_kernel(
-    student, student_layout, teacher, teacher_layout, weight, weight_stride, rows, classes,
-    tau: "fp64", teacher_tau: "fp64", scale: "fp64",
-    loss, row_stats,
-    F: tl.constexpr, EXACT: tl.constexpr, PER_ROW: tl.constexpr, C: tl.constexpr,
+def blocks_kernel(
+    student, student_layout, teacher, teacher_layout, row_weight, weight_stride, rows, classes,
+    ratio: "fp64", inv_tau: "fp64", student_log2: "fp64", teacher_log2: "fp64", scale: "fp64", for_student: "fp64", for_teacher: "fp64",
+    divisor: "fp64", divisor_tensor,
+    loss, row_stats, grad_student, student_grad_layout, student_width,
+    F: tl.constexpr, READ: tl.constexpr, PER_ROW: tl.constexpr, C: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """One row, block by block: its loss and statistics."""
+    """One row, block by block: its loss, and what is wanted of its statistics and the student's gradient."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    row_weight = weight_of(weight, weight_stride, row, rows, F)
-    used = row_weight != 0.0
-    ratio, tau_f, inv_tau, student_log2, teacher_log2 = _temperatures(tau, teacher_tau, F)
-    nothing = tl.zeros([1], F)
-    part = (
-        nothing - float("inf"),
-        nothing - float("inf"),
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-        nothing,
+    k = tl.arange(0, C)
+    factor = weight_of(row_weight, weight_stride, row, rows, F)
+    used = factor != 0.0
+    end = aligned(classes, V)
+    temps = temperatures(ratio, inv_tau, student_log2, teacher_log2, F)
+
+    # All blocks in the frame of the first: nothing passes between threads until the end.
+    mask = used[:, None] & (k < end)[None, :]
+    s = load_tile(student, student_layout, row, k, mask, F, V)
+    t = load_tile(teacher, teacher_layout, row, k, mask, F, V)
+    frame, _infinite, s0 = frame_of_tile(s, t, temps, READ)
+    rest = rest_of(frame, frame[1], frame[0], temps, READ)
+    exp_rest = tl.exp(rest)[:, None]
+    y, z = centred(s, t, frame, temps, READ), weight(s, frame[1][:, None], temps[2])
+    s1, excess = s0 * y, w_phi(s0, z, y, exp_rest)
+    s2 = s1 * y  # from the left: at a class that the teacher masks y * y overflows
+    for start in range(C, classes, C):
+        mask = used[:, None] & (start + k < end)[None, :]
+        s = load_tile(student, student_layout, row, start + k, mask, F, V)
+        t = load_tile(teacher, teacher_layout, row, start + k, mask, F, V)
+        w, v = weight(t, frame[0][:, None], temps[3]), weight(s, frame[1][:, None], temps[2])
+        y = centred(s, t, frame, temps, READ)
+        s0 += w
+        s1 += w * y
+        s2 += w * y * y
+        z += v
+        excess += w_phi(w, v, y, exp_rest)
+    s0, z = tl.sum(s0, 1), tl.sum(z, 1)
+    mean = tl.sum(s1, 1) / s0
+    excess = tl.sum(excess, 1)
+    around_mean = excess_around_mean(excess, mean, s0)
+    kl, mean, shift = loss_of_row(rest, mean, s0, z, around_mean, 0.0)
+    # Not where the loss is infinite, nor where the first block stands so far off that what is left around the mean has lost more than
+    # three bits.
+    good = (kl - kl == 0.0) & (s0 > 1e-4) & (s0 < 1e8) & (z > 1e-4) & (z < 1e8) & (tl.sum(s2, 1) >= 1.125 * s0 * mean * mean)
+    good &= (kl >= STABLE_BELOW) | (around_mean * s0 * 9.0 >= excess * tl.exp(-mean))
+
+    # Then every block in its own frame, merged.
+    part = empty_part(rest)
+    for start in range(0, tl.where(tl.min(good.to(tl.int32), 0) == 1, 0, classes), C):
+        mask = used[:, None] & (start + k < end)[None, :]
+        s = load_tile(student, student_layout, row, start + k, mask, F, V)
+        t = load_tile(teacher, teacher_layout, row, start + k, mask, F, V)
+        part = merge(part, part_of_tile(s, t, temps, READ), temps, READ)
+    merged, m_rest, m_mean, m_s0, m_z, m_excess, infinite = part
+    m_excess = m_excess * tl.exp(tl.maximum(m_rest - m_mean, 0.0)) / m_s0
+    m_kl, m_mean, m_shift = loss_of_row(m_rest, m_mean, m_s0, m_z, m_excess, infinite)
+    kl, mean, shift = tl.where(good, kl, m_kl), tl.where(good, mean, m_mean), tl.where(good, shift, m_shift)
+    inv_s0, inv_z = 1.0 / tl.where(good, s0, m_s0), 1.0 / tl.where(good, z, m_z)
+    frame = (
+        tl.where(good, frame[0], merged[0]),
+        tl.where(good, frame[1], merged[1]),
+        tl.where(good, frame[2], merged[2]),
+        tl.where(good, frame[3], merged[3]),
+        tl.where(good, frame[4], merged[4]),
     )
-    for start in range(0, classes, C):
-        k = start + tl.arange(0, C)
-        mask = used[:, None] & (k < classes)[None, :]
-        s = load_tile(student, student_layout, row, k, mask, F)
-        t = load_tile(teacher, teacher_layout, row, k, mask, F)
-        block, _w, _v, _y = sum_tile(s, t, ratio, tau_f, inv_tau, student_log2, teacher_log2, EXACT, False)
-        part = merge(part, block, ratio, tau_f, inv_tau, student_log2, teacher_log2)
-    kl = kl_of_part(part, False)
-    store_loss(loss, row, rows, tl.where(used, kl * number(scale, F) * row_weight, 0.0), PER_ROW)
+
+    store_loss(loss, row, rows, tl.where(used, kl * number(scale, F) * factor, 0.0), PER_ROW)
     if row_stats is not None:
-        _store_stats(row_stats, row, row < rows, part, kl)
+        _store_stats(row_stats, row, row < rows, frame, mean, shift, inv_s0, inv_z)
+    if grad_student is not None:
+        factor *= grad_scale(divisor, divisor_tensor, F)
+        blocks = tl.cdiv(student_width, C)
+        for block in range(blocks):
+            at = (blocks - 1 - block) * C + k  # the last one is the likeliest to be in the cache still
+            mask = used[:, None] & (at < end)[None, :]
+            s = load_tile(student, student_layout, row, at, mask, F, V)
+            t = load_tile(teacher, teacher_layout, row, at, mask, F, V)
+            w, v = weight(t, frame[0][:, None], temps[3]), weight(s, frame[1][:, None], temps[2])
+            y = centred(s, t, frame, temps, READ)
+            _store_gradients(
+                w, v, y, mean, shift, inv_s0, inv_z, used, factor, for_student, for_teacher, row, at, rows, classes,
+                grad_student, student_grad_layout, student_width, None, None, 0, F, V, PADDED,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
 def gradient_kernel(
-    student, student_layout, teacher, teacher_layout, weight, weight_stride, rows, classes,
-    tau: "fp64", teacher_tau: "fp64", scale: "fp64", divisor: "fp64", divisor_tensor,
+    student, student_layout, teacher, teacher_layout, row_weight, weight_stride, rows, classes,
+    ratio: "fp64", inv_tau: "fp64", student_log2: "fp64", teacher_log2: "fp64", scale: "fp64", for_student: "fp64", for_teacher: "fp64",
+    divisor: "fp64", divisor_tensor,
     row_stats, grad_loss, grad_loss_stride,
     grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width, blocks,
-    F: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    F: tl.constexpr, READ: tl.constexpr, R: tl.constexpr, C: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """A tile of R rows and C classes of the gradients, from the rows' statistics."""
     tile = tl.program_id(0).to(tl.int64)
     row = (tile // blocks) * R + tl.arange(0, R)
     k = (tile % blocks).to(tl.int32) * C + tl.arange(0, C)
-    there = (row < rows)[:, None]
-    row_weight = weight_of(weight, weight_stride, row, rows, F)
-    used = row_weight != 0.0
-    mask = used[:, None] & (k < classes)[None, :]
-    s = load_tile(student, student_layout, row, k, mask, F)
-    t = load_tile(teacher, teacher_layout, row, k, mask, F)
-    ratio, _tau, inv_tau, student_log2, teacher_log2 = _temperatures(tau, teacher_tau, F)
-    factor = grad_scale(divisor, divisor_tensor, F) * row_weight
-    if grad_loss is not None:
-        factor *= tl.load(grad_loss + row * grad_loss_stride, mask=row < rows, other=0.0).to(F)
-
-    at = row_stats + row * 8
-    t_max, s_max = tl.load(at, mask=used, other=0.0), tl.load(at + 1, mask=used, other=0.0)
-    offset, centre = tl.load(at + 2, mask=used, other=0.0), tl.load(at + 3, mask=used, other=0.0)
-    mean, kl = tl.load(at + 4, mask=used, other=0.0), tl.load(at + 5, mask=used, other=0.0)
-    inv_s0, inv_z = tl.load(at + 6, mask=used, other=0.0), tl.load(at + 7, mask=used, other=0.0)
-
-    w = teacher_weight(t, t_max[:, None], teacher_log2)
-    x = difference(s, t, offset[:, None], centre[:, None], ratio, inv_tau)
-    if grad_student is not None:
-        v = student_weight(s, s_max[:, None], student_log2)
-        for_student = factor * number(scale / tau, F)
-        g = student_gradient(w, v, x - (mean + kl)[:, None], (for_student * inv_s0)[:, None], (for_student * inv_z)[:, None])
-        store_gradient(grad_student, student_grad_layout, student_width, row, k, there, mask, g)
-    if grad_teacher is not None:
-        g = tl.where(w == 0.0, 0.0, w * (factor * number(scale / teacher_tau, F) * inv_s0)[:, None] * (mean[:, None] - x))
-        store_gradient(grad_teacher, teacher_grad_layout, teacher_width, row, k, there, mask, g)
+    factor = weight_of(row_weight, weight_stride, row, rows, F)
+    used = factor != 0.0
+    mask = used[:, None] & (k < aligned(classes, V))[None, :]
+    s = load_tile(student, student_layout, row, k, mask, F, V)
+    t = load_tile(teacher, teacher_layout, row, k, mask, F, V)
+    frame, mean, shift, inv_s0, inv_z = _load_stats(row_stats, row, used)
+    factor *= grad_scale(divisor, divisor_tensor, F) * grad_loss_of(grad_loss, grad_loss_stride, row, rows, F)
+    temps = temperatures(ratio, inv_tau, student_log2, teacher_log2, F)
+    w, v = weight(t, frame[0][:, None], temps[3]), weight(s, frame[1][:, None], temps[2])
+    y = centred(s, t, frame, temps, READ)
+    _store_gradients(
+        w, v, y, mean, shift, inv_s0, inv_z, used, factor, for_student, for_teacher, row, k, rows, classes,
+        grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width, F, V, PADDED,
+    )  # fmt: skip
 
 
 # ---- on the host -----------------------------------------------------------------------------------------------------------------
@@ -188,9 +258,16 @@ class KlDivTau(Call):
     def __init__(self, student: Tensor, teacher: Tensor, *rest: Any) -> None:
         *options, tau, teacher_tau, scale_by_tau_squared = rest
         super().__init__(student, teacher, *options)
-        self.temperatures = (tau, teacher_tau, tau * tau if scale_by_tau_squared else 1.0)
-        # sixteen bits a logit: differences are exact without an offset
-        self.exact = student.element_size() == 2 and teacher.element_size() == 2 and tau == teacher_tau
+        scale = tau * tau if scale_by_tau_squared else 1.0
+        log2_e = 1 / math.log(2)
+        self.temperatures = (
+            tau / teacher_tau, 1 / tau, log2_e / tau, log2_e / teacher_tau, scale, scale / tau, scale / teacher_tau
+        )  # fmt: skip
+        sixteen_bits = student.element_size() == 2 and teacher.element_size() == 2
+        self.constants["READ"] = "scaled" if tau != teacher_tau else "exact" if sixteen_bits else "shifted"
+        self.row_bytes = self.classes * (student.element_size() + teacher.element_size())
+        # A row's statistics would be more than a tenth of its logits: its backward computes them again.
+        self.forgetful = self.row_bytes < 10 * STATS * self.dtype.itemsize
 
     def launch_forward(
         self, loss: Tensor | None, row_stats: Tensor | None, gradient: Tensor | None, divisor: Divisor
@@ -201,19 +278,39 @@ class KlDivTau(Call):
         if loss is None:
             loss = self.empty((programs,))
         if resident:
-            rows_kernel[(programs,)](
-                *self.inputs, *self.temperatures, *divisor, loss, row_stats, *gradient_args(gradient),
-                F=self.F, EXACT=self.exact, PER_ROW=per_row, R=r, C=c, num_warps=warps,
-            )  # fmt: skip
+            if self.forgetful:
+                row_stats = None
+            self.launch_rows(per_row, loss, row_stats, None, gradient, None, divisor)
             return loss
-        if row_stats is None:
+        at_once = gradient if self.row_bytes <= IN_L2 else None
+        if row_stats is None and at_once is None:
             row_stats = self.empty((self.rows, STATS))
-        online_kernel[(programs,)](
-            *self.inputs, *self.temperatures, loss, row_stats, F=self.F, EXACT=self.exact, PER_ROW=per_row, C=c, num_warps=warps
-        )
-        if gradient is not None:
+        blocks_kernel[(programs,)](
+            *self.inputs, *self.temperatures, *divisor, loss, row_stats, *gradient_args(at_once),
+            **self.constants, PER_ROW=per_row, C=c, num_warps=warps,
+        )  # fmt: skip
+        if gradient is not at_once:
+            assert row_stats is not None
             self.launch_gradients(row_stats, None, gradient, None, divisor)
         return loss
+
+    def launch_rows(
+        self,
+        per_row: bool,
+        loss: Tensor | None,
+        row_stats: Tensor | None,
+        grad_loss: Tensor | None,
+        grad_student: Tensor | None,
+        grad_teacher: Tensor | None,
+        divisor: Divisor,
+    ) -> None:
+        r, c, warps, _ = forward_tile(self.classes, self.dtype.itemsize, grad_student is not None)
+        rows_kernel[(triton.cdiv(self.rows, r),)](
+            *self.inputs, *self.temperatures, *divisor, loss, row_stats,
+            grad_loss, 0 if grad_loss is None or one_number(grad_loss) else 1,
+            *gradient_args(grad_student), *gradient_args(grad_teacher),
+            **self.constants, PER_ROW=per_row, R=r, C=c, num_warps=warps,
+        )  # fmt: skip
 
     def launch_gradients(
         self,
@@ -223,6 +320,9 @@ class KlDivTau(Call):
         grad_teacher: Tensor | None,
         divisor: Divisor,
     ) -> None:
+        if self.forgetful:
+            self.launch_rows(False, None, None, grad_loss, grad_student, grad_teacher, divisor)
+            return
         width = max(g.shape[-1] for g in (grad_student, grad_teacher) if g is not None)
         r, c, warps = gradient_tile(width, self.dtype.itemsize)
         blocks = triton.cdiv(width, c)
@@ -230,23 +330,26 @@ class KlDivTau(Call):
             *self.inputs, *self.temperatures, *divisor, row_stats,
             grad_loss, 0 if grad_loss is None or one_number(grad_loss) else 1,
             *gradient_args(grad_student), *gradient_args(grad_teacher), blocks,
-            F=self.F, R=r, C=c, num_warps=warps,
+            **self.constants, R=r, C=c, num_warps=warps,
         )  # fmt: skip
 
 
-# A table rather than autotuning: a tile's width follows from the number of classes and from the registers (16 classes a thread leave
-# room for two blocks a multiprocessor), so there is little to choose, and the choice is the same on every run.
+# A table rather than autotuning: a tile's width follows from the number of classes and from the registers (32 classes a thread, or 8 in
+# float64, take all of the 128 that 16 warps leave to each), so there is little to choose, and the choice is the same on every run.
+
+# Bytes of a row of both logits, of which two for each of 132 multiprocessors fit the 50 MiB L2 cache of an H100.
+IN_L2 = 1 << 17
 
 
 def forward_tile(classes: int, itemsize: int, with_gradient: bool) -> tuple[int, int, int, bool]:
     """(rows a program, classes a tile, warps, whether a row lies in one tile)."""
     c = max(16, triton.next_power_of_2(classes))
-    wide = itemsize // 4
-    # Twice as long a row with its gradient does not fit the registers; without one, nothing is gained from keeping it.
-    if c <= (8192 if with_gradient else 4096) // wide:
-        warps = 1 if c == 1024 else 2 if c <= 32 else max(4, c * wide // 512)  # one warp for a row of 1k: no barriers
-        return max(1, 1024 // c), c, warps, True
-    return 1, 4096 // wide, 8, False
+    double = itemsize == 8
+    if c <= (4096 if double or not with_gradient else 16384):  # without a gradient nothing is gained from keeping a longer row
+        together = 512 if double else 1024
+        a_warp = 256 if double else 1024  # classes: a row of 1k in one warp needs no barriers
+        return max(1, together // c), c, 2 if c <= 32 else 4 if c < 1024 else c // a_warp, True
+    return 1, 2048 if double else 4096, 8, False
 
 
 def gradient_tile(width: int, itemsize: int) -> tuple[int, int, int]:

@@ -1,16 +1,24 @@
 """The mathematics of csrc/kl_math.h as Triton functions, over tiles of (rows, classes) in the type that is computed in.
 
-The names are those of kl_math.h. What is new here is how a row's numbers are summed block by block, each logit read once: every block is
-summed around its own mean, and two partial rows merge around their common mean, so that all terms stay positive and nothing cancels.
+The names are those of kl_math.h. What is new here:
+
+* A row's numbers hold in a frame (t_max, s_max, s_offset, t_offset, centre): the logits that w and v are 1 at, and what the difference of
+  the logits is read with. Any frame near the row's largest logits serves; that of its first block does for most rows.
+* `centre` is the mean difference of the classes it was taken from, so that the mean left over is small and nothing cancels around it.
+* Partial rows in different frames merge around their common mean, all terms positive.
+
+A student alone at -inf makes sum w x infinite or NaN, which is how an infinite loss is noticed without a look at each class.
 """
 
 import triton
 import triton.language as tl
 
-STABLE_BELOW = tl.constexpr(0.5)
 # Constants of the module, not of a function: a float given a name inside a kernel is float32.
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+STABLE_BELOW = tl.constexpr(0.5)
+SMALLEST = tl.constexpr(1.1754943508222875e-38)
+# What stands for the difference at a class that the teacher masks: beyond any other one, and finite times a weight of 0.
+MASKED = tl.constexpr(1e24)
 
 
 @triton.jit
@@ -20,8 +28,21 @@ def number(x, F: tl.constexpr):
 
 
 @triton.jit
+def temperatures(ratio, inv_tau, student_log2, teacher_log2, F: tl.constexpr):
+    """(tau / teacher_tau, 1 / tau, log2(e) / tau, log2(e) / teacher_tau): what `temps` is below."""
+    return number(ratio, F), number(inv_tau, F), number(student_log2, F), number(teacher_log2, F)
+
+
+@triton.jit
+def small(x):
+    """Where the series below hold."""
+    return x * x < 0.25
+
+
+@triton.jit
 def _phi_over_x2(x):
-    # (e^x - 1 - x) / x^2 on [-1, 1], the coefficients of kl_math.h
+    # (e^x - 1 - x) / x^2. float64: the coefficients of kl_math.h; float32: on [-1/2, 1/2], 9e-7 relative at the ends. Above 1/2 the
+    # exponentials have lost two bits at most.
     if x.dtype == tl.float64:
         y = x * 7.74617859301882749e-13 + 1.16391941241505224e-11
         y = y * x + 1.60576796238016377e-10
@@ -37,11 +58,9 @@ def _phi_over_x2(x):
         y = y * x + 0.166666666666666667
         y = y * x + 0.500000000000000006
     else:
-        y = x * 0.0000252884348 + 0.000203290419
-        y = y * x + 0.00138864477
-        y = y * x + 0.00833088617
-        y = y * x + 0.0416666972
-        y = y * x + 0.166666973
+        y = x * 0.0013966609 + 0.008395553
+        y = y * x + 0.04166618
+        y = y * x + 0.16666277
         y = y * x + 0.5
     return y
 
@@ -54,6 +73,11 @@ def phi_series(x):
 @triton.jit
 def expm1_series(x):
     return x * x * _phi_over_x2(x) + x
+
+
+@triton.jit
+def phi(x):
+    return tl.where(small(x), phi_series(x), tl.exp(x) - 1.0 - x)
 
 
 @triton.jit
@@ -106,122 +130,167 @@ def row_offset(d, magnitude):
 
 
 @triton.jit
-def teacher_weight(t, t_max, teacher_log2):
-    """w: a finite logit always has mass, a class at -inf has exactly none."""
-    if t.dtype == tl.float64:
-        w = tl.maximum(tl.exp2((t - t_max) * teacher_log2), 2.2250738585072014e-308, propagate_nan=tl.PropagateNan.ALL)
+def weight(logit, reference, log2):
+    """w or v: e^((logit - reference) / temperature)."""
+    return tl.exp2((logit - reference) * log2)
+
+
+# READ, a choice for the launch: how the difference student - ratio * teacher is taken.
+#   "exact"    equal temperatures, sixteen bits a logit: nothing is rounded
+#   "shifted"  equal temperatures: an offset on the side that carries the row's shift
+#   "scaled"   two temperatures: from the logits at the teacher's largest
+
+
+@triton.jit
+def difference(s, t, s_offset, t_offset, temps, READ: tl.constexpr):
+    if READ == "exact":
+        return s - t
+    elif READ == "shifted":
+        return (s - s_offset) - (t - t_offset)
     else:
-        w = tl.maximum(tl.exp2((t - t_max) * teacher_log2), 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL)
-    return tl.where(t == -float("inf"), 0.0, w)
+        return tl.fma(t - t_offset, -temps[0], s - s_offset)
 
 
 @triton.jit
-def student_weight(s, s_max, student_log2):
-    """v, for a finite s_max."""
-    return tl.exp2((s - s_max) * student_log2)
+def largest_finite(x):
+    """The largest finite magnitude of each row."""
+    magnitude = tl.abs(x)
+    return tl.max(tl.where(magnitude == float("inf"), 0.0, magnitude), 1)
 
 
 @triton.jit
-def difference(s, t, offset, centre, ratio, inv_tau):
-    """x."""
-    return (((s - offset) - ratio * t) - centre) * inv_tau
+def zero_if_masked(x):
+    return tl.where(x == -float("inf"), 0.0, x)
 
 
 @triton.jit
-def finite_or_zero(x):
-    return tl.where(x - x == 0.0, x, 0.0)
+def frame_of_tile(s, t, temps, READ: tl.constexpr):
+    """(t_max, s_max, s_offset, t_offset, centre) of a tile's rows; 1 where a row's loss is infinite, or it holds NaN; its w."""
+    t_max = tl.max(t, 1)
+    s_j, s_max = tl.max(tl.where(t == t_max[:, None], s, -float("inf")), 1), tl.max(s, 1)
+    t_max, s_max = zero_if_masked(t_max), zero_if_masked(s_max)
+    s_j = tl.where(s_j == -float("inf"), temps[0] * t_max, s_j)
+    if READ == "exact":
+        s_offset, t_offset = tl.zeros_like(t_max), tl.zeros_like(t_max)
+    elif READ == "shifted":
+        offset = row_offset(s_j - t_max, tl.maximum(largest_finite(s), largest_finite(t)))
+        on_student = tl.abs(s_j) >= tl.abs(t_max)
+        s_offset, t_offset = tl.where(on_student, offset, 0.0), tl.where(on_student, 0.0, -offset)
+    else:
+        s_offset, t_offset = s_j, t_max
+    centre = difference(s_j, t_max, s_offset, t_offset, temps, READ)
+    # Around class j, and once more around the mean, both from the logits: a class that has all the mass keeps its exact zero, and a
+    # class j far off the mean costs the others no digits.
+    w = weight(t, t_max[:, None], temps[3])
+    d = tl.minimum(difference(s, t, s_offset[:, None], t_offset[:, None], temps, READ), MASKED) - centre[:, None]
+    s0, s1 = tl.sum(w, 1), tl.sum(w * d, 1)
+    centre += tl.where(s0 == 0.0, 0.0, s1 / s0)
+    return (t_max, s_max, s_offset, t_offset, centre), tl.where(s1 - s1 == 0.0, 0.0, 1.0), w
 
 
-# A row in parts. A part is (t_max, s_max, offset, centre, rest, mean, s0, z, excess, lost):
+@triton.jit
+def centred(s, t, frame, temps, READ: tl.constexpr):
+    """x - centre of a tile's classes."""
+    t_max, s_max, s_offset, t_offset, centre = frame
+    d = tl.minimum(difference(s, t, s_offset[:, None], t_offset[:, None], temps, READ), MASKED)
+    return (d - centre[:, None]) * temps[1]
+
+
+@triton.jit
+def rest_of(frame, s_max, t_max, temps, READ: tl.constexpr):
+    """x - centre at the largest logits: w e^x = v e^rest."""
+    _t_max, _s_max, s_offset, t_offset, centre = frame
+    return (difference(s_max, t_max, s_offset, t_offset, temps, READ) - centre) * temps[1]
+
+
+@triton.jit
+def w_phi(w, v, y, exp_rest):
+    return tl.where(small(y), w * phi_series(y), (v * exp_rest - w) - w * y)
+
+
+@triton.jit
+def loss_of_row(rest, mean, s0, z, excess, infinite):
+    """KL, mean and shift of a row, from excess = sum w phi(x - m) / S0. A row that holds NaN has NaN in all three."""
+    nan = (z - z) + (s0 - s0)
+    log_ratio = tl.log(tl.where(z == 0.0, SMALLEST, z) / s0) + rest
+    plain = log_ratio - mean
+    stable = plain < STABLE_BELOW
+    kl = tl.where(stable, log1p_nonnegative(tl.where(excess < 0.0, 0.0, excess)), plain)
+    kl = tl.where(kl < 0.0, 0.0, kl)
+    shift = tl.where(stable, mean + kl, log_ratio)
+    return tl.where(infinite > 0.0, float("inf"), kl) + nan, mean + nan, shift + nan
+
+
+@triton.jit
+def excess_around_mean(excess, mean, s0):
+    """sum w phi(x - m) / S0 from sum w phi(x)."""
+    return tl.exp(-mean) * (excess / s0 - phi(mean))
+
+
+# A row in parts. A part is (frame, rest, mean, s0, z, excess, infinite):
 #
-#   rest     x at (s_max, t_max), so that w e^x = v e^rest
-#   mean     m, what is left of it after `centre`, which lies within a rounding of it
+#   mean     m, what is left of it after the frame's centre
 #   excess   e^-u sum w phi(x - m),  u = max(0, rest - m): never above s0 + z, however far student and teacher are apart
-#   lost     1 where the teacher has mass at a class where the student has none
 #
-# A part without any class of the teacher has s0 = 0; of its numbers, t_max, s_max, z and lost alone count.
+# A part without any class of the teacher has s0 = 0; of its numbers, t_max, s_max, z and infinite alone count.
 
 
 @triton.jit
-def sum_tile(s, t, ratio, tau, inv_tau, student_log2, teacher_log2, EXACT: tl.constexpr, ALONE: tl.constexpr):
-    """The part of a tile, its w and v, and y = x - `centre`. EXACT: differences of the logits are exact as they are.
-    ALONE: the part will not be merged, so a row where `excess` overflows has no use for it (u = 0)."""
-    inf = float("inf")
-    t_max, s_max = tl.max(t, 1), tl.max(s, 1)
-    t_top, s_top = tl.where(t_max == -inf, 0.0, t_max), tl.where(s_max == -inf, 0.0, s_max)
-    # The largest logits stand for the shift between student and teacher; they are there before any other number is.
-    d = s_top - ratio * t_top
-    if EXACT:
-        offset = tl.zeros_like(d)
-    else:
-        offset = row_offset(d, tl.maximum(tl.abs(s_top), tl.abs(t_top)))
-    centre = finite_or_zero((s_top - offset) - ratio * t_top)
+def empty_part(like):
+    nothing = tl.zeros_like(like)
+    return (nothing, nothing, nothing, nothing, nothing), nothing, nothing, nothing, nothing, nothing, nothing
 
-    w = teacher_weight(t, t_top[:, None], teacher_log2)
-    x = difference(s, t, offset[:, None], centre[:, None], ratio, inv_tau)
-    s0 = tl.sum(w, 1)
-    s1 = tl.sum(tl.where(w == 0.0, 0.0, w * x), 1)
-    lost = tl.where(s1 == -inf, 1.0, 0.0)
 
-    # Once more around the mean, from the logits: the differences lose nothing to a centre that was far off.
-    centre += finite_or_zero(s1 / s0) * tau
-    y = tl.where(w == 0.0, 0.0, difference(s, t, offset[:, None], centre[:, None], ratio, inv_tau))
-    v = student_weight(s, s_top[:, None], student_log2)  # as late as this: registers
-    rest = difference(s_top, t_top, offset, centre, ratio, inv_tau)
-    s1, z = tl.sum(w * y, 1), tl.sum(v, 1)
-    small = (tl.abs(y) < 1.0) & (w != 0.0)
-    if ALONE:
-        mean = s1 / s0
-        excess = tl.sum(tl.where(small, w * phi_series(y), v * tl.exp(rest)[:, None] - w - w * y), 1)
-        excess = excess * (1.0 - mean) - 0.5 * s1 * mean
-    else:
-        mean = tl.where(s0 == 0.0, 0.0, s1 / s0)
-        u = tl.maximum(rest, 0.0)
-        scale = tl.exp(-u)
-        wu = w * scale[:, None]
-        excess = tl.sum(tl.where(small, wu * phi_series(y), v * tl.exp(rest - u)[:, None] - wu - wu * y), 1)
-        excess = excess * (1.0 - mean + (u - tl.maximum(rest - mean, 0.0))) - 0.5 * s1 * mean * scale
-    return (t_max, s_max, offset, centre, rest, mean, s0, z, excess, lost), w, v, y
+@triton.jit
+def part_of_tile(s, t, temps, READ: tl.constexpr):
+    frame, infinite, w = frame_of_tile(s, t, temps, READ)
+    v = weight(s, frame[1][:, None], temps[2])
+    y = centred(s, t, frame, temps, READ)
+    rest = rest_of(frame, frame[1], frame[0], temps, READ)
+    s0, s1 = tl.sum(w, 1), tl.sum(w * y, 1)
+    mean = tl.where(s0 == 0.0, 0.0, s1 / s0)
+    u = tl.maximum(rest - mean, 0.0)
+    y -= mean[:, None]
+    excess = tl.sum(w_phi(w * tl.exp(-u)[:, None], v, y, tl.exp(rest - mean - u)[:, None]), 1)
+    return frame, rest, mean, s0, tl.sum(v, 1), excess, infinite
 
 
 @triton.jit
 def _moved(excess, s0, u, delta, growth, u_new):
     """e^-u_new sum w phi(x - m - delta) from e^-u sum w phi(x - m), where the new weights are e^growth w."""
-    weight = s0 * tl.exp(growth - u_new)
-    far = s0 * tl.exp(growth - u_new - delta) - weight * (1.0 - delta)
-    moved = tl.where(tl.abs(delta) < 1.0, weight * phi_series(-delta), far)
+    grown = s0 * tl.exp(growth - u_new)
+    # The second form is for a light part so far off that e^-delta alone overflows.
+    moved = tl.where(delta > -64.0, grown * phi(-delta), s0 * tl.exp(growth - u_new - delta) - grown * (1.0 - delta))
     return tl.where(excess == 0.0, 0.0, excess * tl.exp(u - delta + growth - u_new)) + moved
 
 
 @triton.jit
-def merge(a, b, ratio, tau, inv_tau, student_log2, teacher_log2):
+def merge(a, b, temps, READ: tl.constexpr):
     """Two parts of one row as one."""
-    at_max, as_max, a_offset, a_centre, a_rest, a_mean, a_s0, a_z, a_excess, a_lost = a
-    bt_max, bs_max, b_offset, b_centre, b_rest, b_mean, b_s0, b_z, b_excess, b_lost = b
-    inf = float("inf")
-    t_max, s_max = tl.maximum(at_max, bt_max), tl.maximum(as_max, bs_max)
-    t_top, s_top = tl.where(t_max == -inf, 0.0, t_max), tl.where(s_max == -inf, 0.0, s_max)
+    a_frame, a_rest, a_mean, a_s0, a_z, a_excess, a_infinite = a
+    b_frame, b_rest, b_mean, b_s0, b_z, b_excess, b_infinite = b
+    at_max, as_max, as_offset, at_offset, a_centre = a_frame
+    bt_max, bs_max, bs_offset, bt_offset, b_centre = b_frame
     a_empty, b_empty = a_s0 == 0.0, b_s0 == 0.0
-    a_growth = tl.where(a_empty, 0.0, (at_max - t_top) * teacher_log2)
-    b_growth = tl.where(b_empty, 0.0, (bt_max - t_top) * teacher_log2)
+    t_max = tl.where(a_empty | (~b_empty & (bt_max > at_max)), bt_max, at_max)
+    s_max = tl.where((a_z == 0.0) | ((b_z != 0.0) & (bs_max > as_max)), bs_max, as_max)
+    a_growth = tl.where(a_empty, 0.0, (at_max - t_max) * temps[3])
+    b_growth = tl.where(b_empty, 0.0, (bt_max - t_max) * temps[3])
     a_w, b_w = a_s0 * tl.exp2(a_growth), b_s0 * tl.exp2(b_growth)
-    a_v, b_v = a_z * tl.exp2((as_max - s_top) * student_log2), b_z * tl.exp2((bs_max - s_top) * student_log2)
+    a_v = tl.where(a_z == 0.0, 0.0, a_z * tl.exp2((as_max - s_max) * temps[2]))
+    b_v = tl.where(b_z == 0.0, 0.0, b_z * tl.exp2((bs_max - s_max) * temps[2]))
     s0, z = a_w + b_w, a_v + b_v
 
-    apart = ((b_offset - a_offset) + (b_centre - a_centre)) * inv_tau + (b_mean - a_mean)
-    apart = tl.where(a_empty | b_empty, 0.0, apart)
-    apart_by_s0 = apart / tl.where(s0 == 0.0, 1.0, s0)
-    a_delta, b_delta = apart_by_s0 * b_w, -apart_by_s0 * a_w
-    # The heavier side's centre has the shorter way to go.
+    apart = ((bs_offset - as_offset) - temps[0] * (bt_offset - at_offset)) + (b_centre - a_centre)
+    apart = apart * temps[1] + (b_mean - a_mean)
+    apart = tl.where(a_empty | b_empty, 0.0, apart) / tl.where(s0 == 0.0, 1.0, s0)
+    a_delta, b_delta = apart * b_w, -apart * a_w
+    # The heavier side's mean has the shorter way to go.
     from_b = b_w > a_w
-    offset, old, delta = (
-        tl.where(from_b, b_offset, a_offset),
-        tl.where(from_b, b_centre, a_centre),
-        tl.where(from_b, b_delta, a_delta),
-    )
-    centre = old + finite_or_zero(delta) * tau
-    mean = tl.where(from_b, b_mean, a_mean) + (delta - (centre - old) * inv_tau)
-    rest = difference(s_top, t_top, offset, centre, ratio, inv_tau)
+    s_offset, t_offset = tl.where(from_b, bs_offset, as_offset), tl.where(from_b, bt_offset, at_offset)
+    centre, mean = tl.where(from_b, b_centre, a_centre), tl.where(from_b, b_mean + b_delta, a_mean + a_delta)
+    frame = (t_max, s_max, s_offset, t_offset, centre)
+    rest = rest_of(frame, s_max, t_max, temps, READ)
 
     gap = rest - mean
     u = tl.maximum(gap, 0.0)
@@ -229,23 +298,17 @@ def merge(a, b, ratio, tau, inv_tau, student_log2, teacher_log2):
     a_excess = _moved(a_excess, a_s0, tl.maximum(a_rest - a_mean, 0.0), a_delta, a_growth * LN2, u)
     b_excess = _moved(b_excess, b_s0, tl.maximum(b_rest - b_mean, 0.0), b_delta, b_growth * LN2, u)
     excess = tl.where(a_empty, a_v * mass, a_excess) + tl.where(b_empty, b_v * mass, b_excess)
-    return t_max, s_max, offset, centre, rest, mean, s0, z, excess, tl.maximum(a_lost, b_lost)
-
-
-@triton.jit
-def kl_of_part(part, ALONE: tl.constexpr):
-    """KL of a row whose part is whole."""
-    t_max, s_max, offset, centre, rest, mean, s0, z, excess, lost = part
-    gap = rest - mean
-    plain = tl.log(z / s0) + gap
-    if not ALONE:
-        excess = excess * tl.exp(tl.maximum(gap, 0.0))
-    kl = tl.where(plain < STABLE_BELOW, log1p_nonnegative(tl.where(excess < 0.0, 0.0, excess) / s0), plain)
-    return tl.where(lost > 0.0, float("inf"), kl) + ((z - z) + (s0 - s0))  # a NaN in the row stays one
+    return frame, rest, mean, s0, z, excess, tl.maximum(a_infinite, b_infinite)
 
 
 @triton.jit
 def student_gradient(w, v, z, p_factor, q_factor):
-    """(q - p) times a factor that p_factor = factor / S0 and q_factor = factor / Z hold;  z = x - m - KL."""
+    """(q - p) times a factor that p_factor = factor / S0 and q_factor = factor / Z hold;  z = x - shift."""
     p = w * p_factor
-    return tl.where((tl.abs(z) < 1.0) & (w != 0.0), p * expm1_series(z), v * q_factor - p)
+    return tl.where(small(z), p * expm1_series(z), v * q_factor - p)
+
+
+@triton.jit
+def teacher_gradient(w, from_mean, p_factor):
+    """p (m - x) times a factor that p_factor = factor / S0 holds;  from_mean = x - m."""
+    return -(w * p_factor) * from_mean

@@ -15,24 +15,28 @@ from torch import Tensor
 
 from kdfast.triton.kl_math import number
 
-MAX_ROW_DIMS = 3  # leading dimensions that do not merge; logits of more are copied
+MAX_ROW_DIMS = 6  # leading dimensions that do not merge, as in csrc/kernels.h; logits of more are copied
 
 
 # ---- in kernels ------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def row_offsets(row, layout):
-    """Where rows start. layout: (stride), (size, outer stride, stride) or (size, size, outermost stride, outer stride, stride)."""
-    if len(layout) == 1:
-        return row * layout[0]
-    elif len(layout) == 3:
-        outer = row // layout[0]
-        return outer * layout[1] + (row - outer * layout[0]) * layout[2]
-    else:
-        outer = row // layout[1]
-        outermost = outer // layout[0]
-        return outermost * layout[2] + (outer - outermost * layout[0]) * layout[3] + (row - outer * layout[1]) * layout[4]
+def aligned(x, V: tl.constexpr):
+    """x, a multiple of V: said so that the compiler knows it, which sees multiples of 16 by itself."""
+    return x // V * V
+
+
+@triton.jit
+def row_offsets(row, layout, V: tl.constexpr):
+    """Where rows start. layout: the sizes of the leading dimensions but the outermost, then the strides of all."""
+    dims: tl.constexpr = (len(layout) + 1) // 2
+    at = tl.zeros_like(row)
+    for d in tl.static_range(dims - 1, 0, -1):
+        outer = row // layout[d - 1]
+        at += (row - outer * layout[d - 1]) * aligned(layout[dims - 1 + d], V)
+        row = outer
+    return at + row * aligned(layout[dims - 1], V)
 
 
 @triton.jit
@@ -54,8 +58,17 @@ def weight_of(weight, weight_stride, row, rows, F: tl.constexpr):
 
 
 @triton.jit
-def load_tile(logits, layout, row, k, mask, F: tl.constexpr):
-    return tl.load(logits + row_offsets(row, layout)[:, None] + k[None, :], mask=mask, other=-float("inf")).to(F)
+def load_tile(logits, layout, row, k, mask, F: tl.constexpr, V: tl.constexpr):
+    return tl.load(logits + row_offsets(row, layout, V)[:, None] + k[None, :], mask=mask, other=-float("inf")).to(F)
+
+
+@triton.jit
+def grad_loss_of(grad_loss, grad_loss_stride, row, rows, F: tl.constexpr):
+    """A loss's incoming gradient; 1 where there is none."""
+    if grad_loss is None:
+        return tl.full([], 1.0, F)
+    else:
+        return tl.load(grad_loss + row * grad_loss_stride, mask=row < rows, other=0.0).to(F)
 
 
 @triton.jit
@@ -68,9 +81,12 @@ def store_loss(loss, row, rows, value, PER_ROW: tl.constexpr):
 
 
 @triton.jit
-def store_gradient(gradient, layout, width, row, k, there, mask, g):
-    at = gradient + row_offsets(row, layout)[:, None] + k[None, :]
-    tl.store(at, tl.where(mask, g, 0.0).to(gradient.dtype.element_ty), mask=there & (k < width)[None, :])
+def store_gradient(gradient, layout, width, row, k, rows, classes, g, V: tl.constexpr, PADDED: tl.constexpr):
+    """A tile of a gradient; PADDED: with zeros in the columns from `classes` on, where a row with NaN has NaN too."""
+    if PADDED:
+        g = tl.where((k < classes)[None, :], g, 0.0)
+    at = gradient + row_offsets(row, layout, V)[:, None] + k[None, :]
+    tl.store(at, g.to(gradient.dtype.element_ty), mask=(row < rows)[:, None] & (k < aligned(width, V))[None, :])
 
 
 @triton.jit
@@ -126,7 +142,7 @@ def merged_rows(logits: Tensor) -> tuple[int, ...] | None:
             dims.append([size, stride])
     if len(dims) > MAX_ROW_DIMS:
         return None
-    dims = dims or [[1, logits.shape[-1]]]
+    dims = dims or [[1, logits.shape[-1]]]  # one row
     return (*(size for size, _ in dims[1:]), *(stride for _, stride in dims))
 
 
@@ -149,6 +165,14 @@ def gradient_args(gradient: Tensor | None) -> tuple[Tensor | None, tuple[int, ..
             f"merge; got shape {tuple(gradient.shape)} and strides {gradient.stride()}"
         )
     return gradient, layout, gradient.shape[-1]
+
+
+def multiple(*numbers_or_layouts: int | tuple[int, ...]) -> int:
+    """The largest power of two, up to 16, that divides numbers and the strides of layouts."""
+    divisor = 16
+    for x in numbers_or_layouts:
+        divisor = math.gcd(divisor, *(x[len(x) // 2 :] if isinstance(x, tuple) else (x,)))
+    return divisor
 
 
 def one_number(tensor: Tensor) -> bool:
@@ -192,12 +216,18 @@ class Call:
         self.rows = self.shape.numel()
         self.classes = student.shape[-1] if num_classes < 0 else num_classes
         self.dtype = accumulate_type(student, teacher)
-        self.F = tl.float64 if self.dtype == torch.float64 else tl.float32
         self.device = student.device
         self.row_weight, self.denominator, self.number = row_weight, denominator, divisor
         # the first arguments of every kernel
         stride = 0 if row_weight is None or one_number(row_weight) else 1
         self.inputs = (*rows_of(student), *rows_of(teacher), row_weight, stride, self.rows, self.classes)
+        widths = student.shape[-1], teacher.shape[-1]
+        # and the last: V divides the start of every row and its length
+        self.constants: dict[str, Any] = {
+            "F": tl.float64 if self.dtype == torch.float64 else tl.float32,
+            "V": multiple(*widths, self.classes, self.inputs[1], self.inputs[3]),
+            "PADDED": self.classes < max(widths),
+        }
 
     # Each launches kernels over all rows.
     def launch_forward(

@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdfast.triton.kl_math import number
+from kdfast.triton.kl_math import largest_finite, number, row_offset
 from kdfast.triton.launch import (
     Call,
     Divisor,
+    aligned,
+    grad_loss_of,
     grad_scale,
     gradient_args,
     load_tile,
@@ -24,7 +26,7 @@ from kdfast.triton.launch import (
     weight_of,
 )
 
-STATS = 3  # MseStat of csrc/kl_math.h: offset (0 here), mean, 1 / classes counted; with `center` only
+STATS = 4  # MseStat of csrc/kl_math.h: s_offset, t_offset, mean, 1 / classes counted; with `center` only
 
 
 @triton.jit
@@ -35,69 +37,95 @@ def _differences(s, t):
 
 
 @triton.jit
-def _mean_and_squares(d, counts, F: tl.constexpr):
-    """(classes counted, mean difference, sum of the squares around it) of a tile's rows."""
+def _sum_of(d, counts):
+    """The sum of a tile's differences; 0 where it is infinite: around any finite mean so is the loss, and NaN only where a logit is."""
+    total = tl.sum(tl.where(counts, d, 0.0), 1)
+    return tl.where(tl.abs(total) == float("inf"), 0.0, total)
+
+
+@triton.jit
+def _offsets(s, t, F: tl.constexpr):
+    """(s_offset, t_offset): the mean difference, rounded, on the side of the larger logits."""
+    d, counts = _differences(s, t)
+    mean = _sum_of(d, counts) / tl.maximum(tl.sum(counts.to(F), 1), 1.0)
+    s_size, t_size = largest_finite(s), largest_finite(t)
+    offset = row_offset(mean, tl.maximum(s_size, t_size))
+    return tl.where(s_size >= t_size, offset, 0.0), tl.where(s_size >= t_size, 0.0, -offset)
+
+
+@triton.jit
+def _moments(s, t, s_offset, t_offset, F: tl.constexpr):
+    """Of a tile's rows: the differences less the offset, which classes count and how many, the mean of the differences, the sum of
+    their squares around it."""
+    d, counts = _differences(s - s_offset[:, None], t - t_offset[:, None])
     n = tl.sum(counts.to(F), 1)
-    some = tl.where(n > 0.0, n, 1.0)
-    mean = tl.sum(d, 1) / some
-    # A class at -inf on one side alone: the loss is +inf, around any finite mean.
-    mean = tl.where(tl.sum(tl.abs(d), 1) == float("inf"), 0.0, mean)
+    some = tl.maximum(n, 1.0)
+    mean = _sum_of(d, counts) / some
     left = tl.where(counts, d - mean[:, None], 0.0)
-    shift = tl.sum(left, 1) / some
-    shift = tl.where(tl.abs(shift) == float("inf"), 0.0, shift)
-    return n, mean + shift, tl.sum(left * left, 1) - n * shift * shift
+    shift = _sum_of(left, counts) / some
+    # A row with NaN or +inf is NaN altogether; -inf on one side alone makes its loss +inf.
+    top = tl.max(tl.maximum(s, t), 1)
+    nan = tl.where(top == float("inf"), float("nan"), 0.0)
+    return d, counts, n, mean + shift + nan, tl.sum(left * left, 1) - n * shift * shift + nan
 
 
 @triton.jit(do_not_specialize=["rows"])
 def rows_kernel(
-    student, student_layout, teacher, teacher_layout, weight, weight_stride, rows, classes,
+    student, student_layout, teacher, teacher_layout, row_weight, weight_stride, rows, classes,
     scale: "fp64", divisor: "fp64", divisor_tensor, loss, grad_student, grad_layout, width,
-    F: tl.constexpr, PER_ROW: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    F: tl.constexpr, PER_ROW: tl.constexpr, R: tl.constexpr, C: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """R rows without `center`: their loss and, where wanted, the student's gradient."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    row_weight = weight_of(weight, weight_stride, row, rows, F)
-    used, there = (row_weight != 0.0)[:, None], (row < rows)[:, None]
-    factor = number(scale, F) * row_weight
+    weight = weight_of(row_weight, weight_stride, row, rows, F)
+    used = weight != 0.0
+    factor = number(scale, F) * weight
     total = tl.zeros([R, C], F)
     for start in range(0, tl.maximum(classes, width), C):
         k = start + tl.arange(0, C)
-        mask = used & (k < classes)[None, :]
-        s = load_tile(student, student_layout, row, k, mask, F)
-        t = load_tile(teacher, teacher_layout, row, k, mask, F)
+        mask = used[:, None] & (k < aligned(classes, V))[None, :]
+        s = load_tile(student, student_layout, row, k, mask, F, V)
+        t = load_tile(teacher, teacher_layout, row, k, mask, F, V)
         d, _counts = _differences(s, t)
         total += d * d
         if grad_student is not None:
             g = d * (2.0 * factor * grad_scale(divisor, divisor_tensor, F))[:, None]
-            store_gradient(grad_student, grad_layout, width, row, k, there, mask, g)
-    store_loss(loss, row, rows, tl.where(row_weight != 0.0, tl.sum(total, 1) * factor, 0.0), PER_ROW)
+            store_gradient(grad_student, grad_layout, width, row, k, rows, classes, g, V, PADDED)
+    store_loss(loss, row, rows, tl.where(used, tl.sum(total, 1) * factor, 0.0), PER_ROW)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def centred_kernel(
-    student, student_layout, teacher, teacher_layout, weight, weight_stride, rows, classes,
+    student, student_layout, teacher, teacher_layout, row_weight, weight_stride, rows, classes,
     scale: "fp64", divisor: "fp64", divisor_tensor, loss, row_stats, grad_student, grad_layout, width,
-    F: tl.constexpr, PER_CLASS: tl.constexpr, PER_ROW: tl.constexpr, R: tl.constexpr, C: tl.constexpr, RESIDENT: tl.constexpr,
+    F: tl.constexpr, PER_CLASS: tl.constexpr, PER_ROW: tl.constexpr, R: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr,
+    RESIDENT: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """R rows with `center`: their loss and statistics and, where they are resident, the student's gradient where wanted."""
+    """R rows with `center`: their loss and statistics and, where they are resident, the student's gradient where wanted. EXACT: sixteen
+    bits a logit, whose differences need no offset."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    row_weight = weight_of(weight, weight_stride, row, rows, F)
-    used, there = (row_weight != 0.0)[:, None], (row < rows)[:, None]
+    weight = weight_of(row_weight, weight_stride, row, rows, F)
+    used = weight != 0.0
+    end = aligned(classes, V)
     k = tl.arange(0, C)
-    mask = used & (k < classes)[None, :]
+    s_offset, t_offset = tl.zeros([R], F), tl.zeros([R], F)
     if RESIDENT:
-        s = load_tile(student, student_layout, row, k, mask, F)
-        t = load_tile(teacher, teacher_layout, row, k, mask, F)
-        d, counts = _differences(s, t)
-        n, mean, squares = _mean_and_squares(d, counts, F)
+        mask = used[:, None] & (k < end)[None, :]
+        s = load_tile(student, student_layout, row, k, mask, F, V)
+        t = load_tile(teacher, teacher_layout, row, k, mask, F, V)
+        if not EXACT:
+            s_offset, t_offset = _offsets(s, t, F)
+        d, counts, n, mean, squares = _moments(s, t, s_offset, t_offset, F)
     else:
         n, mean, squares = tl.zeros([R], F), tl.zeros([R], F), tl.zeros([R], F)
         for start in range(0, classes, C):
-            mask = used & (start + k < classes)[None, :]
-            s = load_tile(student, student_layout, row, start + k, mask, F)
-            t = load_tile(teacher, teacher_layout, row, start + k, mask, F)
-            d, counts = _differences(s, t)
-            block_n, block_mean, block_squares = _mean_and_squares(d, counts, F)
+            mask = used[:, None] & (start + k < end)[None, :]
+            s = load_tile(student, student_layout, row, start + k, mask, F, V)
+            t = load_tile(teacher, teacher_layout, row, start + k, mask, F, V)
+            if not EXACT:  # those of the first block with any class
+                s_new, t_new = _offsets(s, t, F)
+                s_offset, t_offset = tl.where(n == 0.0, s_new, s_offset), tl.where(n == 0.0, t_new, t_offset)
+            _d, _counts, block_n, block_mean, block_squares = _moments(s, t, s_offset, t_offset, F)
             # Two parts of a row as one: all terms are positive.
             share = block_n / tl.maximum(n + block_n, 1.0)
             apart = tl.where(n > 0.0, block_mean - mean, 0.0)
@@ -108,47 +136,52 @@ def centred_kernel(
     inv_n = 1.0 / n
     if PER_CLASS:
         row_scale = row_scale * inv_n
-    store_loss(loss, row, rows, tl.where(row_weight != 0.0, squares * row_scale * row_weight, 0.0), PER_ROW)
+    store_loss(loss, row, rows, tl.where(used, squares * row_scale * weight, 0.0), PER_ROW)
     if row_stats is not None:
-        tl.store(row_stats + row * 3, tl.zeros_like(mean), mask=row < rows)
-        tl.store(row_stats + row * 3 + 1, mean, mask=row < rows)
-        tl.store(row_stats + row * 3 + 2, inv_n, mask=row < rows)
+        tl.store(row_stats + row * 4, s_offset, mask=row < rows)
+        tl.store(row_stats + row * 4 + 1, t_offset, mask=row < rows)
+        tl.store(row_stats + row * 4 + 2, mean, mask=row < rows)
+        tl.store(row_stats + row * 4 + 3, inv_n, mask=row < rows)
     if RESIDENT and grad_student is not None:
-        factor = 2.0 * grad_scale(divisor, divisor_tensor, F) * row_weight * row_scale
-        for start in range(0, width, C):
-            g = tl.where(counts, (d - mean[:, None]) * factor[:, None], 0.0)
-            store_gradient(grad_student, grad_layout, width, row, start + k, there, mask & (start == 0), g)
+        factor = tl.where(used, 2.0 * grad_scale(divisor, divisor_tensor, F) * weight * row_scale, 0.0)
+        g = tl.where(counts, (d - mean[:, None]) * factor[:, None], 0.0)
+        for start in range(0, width if PADDED else 1, C):  # beyond the first tile all is padding
+            store_gradient(grad_student, grad_layout, width, row, start + k, rows, classes, g, V, PADDED)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def gradient_kernel(
-    student, student_layout, teacher, teacher_layout, weight, weight_stride, rows, classes,
+    student, student_layout, teacher, teacher_layout, row_weight, weight_stride, rows, classes,
     scale: "fp64", divisor: "fp64", divisor_tensor, row_stats, grad_loss, grad_loss_stride,
     grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width, blocks,
-    F: tl.constexpr, PER_CLASS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    F: tl.constexpr, PER_CLASS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """A tile of R rows and C classes of the gradients."""
     tile = tl.program_id(0).to(tl.int64)
     row = (tile // blocks) * R + tl.arange(0, R)
     k = (tile % blocks).to(tl.int32) * C + tl.arange(0, C)
-    row_weight = weight_of(weight, weight_stride, row, rows, F)
-    used, there = (row_weight != 0.0)[:, None], (row < rows)[:, None]
-    mask = used & (k < classes)[None, :]
-    s = load_tile(student, student_layout, row, k, mask, F)
-    t = load_tile(teacher, teacher_layout, row, k, mask, F)
-    d, counts = _differences(s, t)
-    factor = 2.0 * grad_scale(divisor, divisor_tensor, F) * row_weight * number(scale, F)
-    if grad_loss is not None:
-        factor *= tl.load(grad_loss + row * grad_loss_stride, mask=row < rows, other=0.0).to(F)
+    weight = weight_of(row_weight, weight_stride, row, rows, F)
+    used = weight != 0.0
+    mask = used[:, None] & (k < aligned(classes, V))[None, :]
+    s = load_tile(student, student_layout, row, k, mask, F, V)
+    t = load_tile(teacher, teacher_layout, row, k, mask, F, V)
+    factor = 2.0 * grad_scale(divisor, divisor_tensor, F) * weight * number(scale, F)
+    factor *= grad_loss_of(grad_loss, grad_loss_stride, row, rows, F)
     if row_stats is not None:
-        d = tl.where(counts, d - tl.load(row_stats + row * 3 + 1, mask=row < rows, other=0.0)[:, None], 0.0)
+        at = row_stats + row * 4
+        s -= tl.load(at, mask=used, other=0.0)[:, None]
+        t -= tl.load(at + 1, mask=used, other=0.0)[:, None]
+        d, counts = _differences(s, t)
+        d = tl.where(counts, d - tl.load(at + 2, mask=used, other=0.0)[:, None], 0.0)
         if PER_CLASS:
-            factor *= tl.load(row_stats + row * 3 + 2, mask=row < rows, other=0.0)
-    g = d * factor[:, None]
+            factor *= tl.load(at + 3, mask=used, other=0.0)
+    else:
+        d, _counts = _differences(s, t)
+    g = d * tl.where(used, factor, 0.0)[:, None]
     if grad_student is not None:
-        store_gradient(grad_student, student_grad_layout, student_width, row, k, there, mask, g)
+        store_gradient(grad_student, student_grad_layout, student_width, row, k, rows, classes, g, V, PADDED)
     if grad_teacher is not None:
-        store_gradient(grad_teacher, teacher_grad_layout, teacher_width, row, k, there, mask, -g)
+        store_gradient(grad_teacher, teacher_grad_layout, teacher_width, row, k, rows, classes, -g, V, PADDED)
 
 
 # ---- on the host -----------------------------------------------------------------------------------------------------------------
@@ -161,6 +194,7 @@ class LogitMse(Call):
         self.stats = STATS if self.center else 0
         self.per_row = 1 if self.per_class else self.classes
         self.scale = 0.5 if self.per_class else 1.0
+        self.exact = student.element_size() == 2 and teacher.element_size() == 2
 
     def launch_forward(
         self, loss: Tensor | None, row_stats: Tensor | None, gradient: Tensor | None, divisor: Divisor
@@ -172,23 +206,16 @@ class LogitMse(Call):
             loss = self.empty((programs,))
         if not self.center:
             rows_kernel[(programs,)](
-                *self.inputs,
-                self.scale,
-                *divisor,
-                loss,
-                *gradient_args(gradient),
-                F=self.F,
-                PER_ROW=per_row,
-                R=r,
-                C=c,
-                num_warps=warps,
-            )
+                *self.inputs, self.scale, *divisor, loss, *gradient_args(gradient),
+                **self.constants, PER_ROW=per_row, R=r, C=c, num_warps=warps,
+            )  # fmt: skip
             return loss
         if row_stats is None and not resident:
             row_stats = self.empty((self.rows, STATS))
         centred_kernel[(programs,)](
             *self.inputs, self.scale, *divisor, loss, row_stats, *gradient_args(gradient if resident else None),
-            F=self.F, PER_CLASS=self.per_class, PER_ROW=per_row, R=r, C=c, RESIDENT=resident, num_warps=warps,
+            **self.constants, PER_CLASS=self.per_class, PER_ROW=per_row, R=r, C=c, EXACT=self.exact, RESIDENT=resident,
+            num_warps=warps,
         )  # fmt: skip
         if gradient is not None and row_stats is not None:
             self.launch_gradients(row_stats, None, gradient, None, divisor)
@@ -210,18 +237,23 @@ class LogitMse(Call):
             *self.inputs, self.scale, *divisor, row_stats if self.center else None,
             grad_loss, 0 if grad_loss is None or one_number(grad_loss) else 1,
             *gradient_args(grad_student), *gradient_args(grad_teacher), blocks,
-            F=self.F, PER_CLASS=self.per_class, R=r, C=c, num_warps=2 if c <= 32 else 4,
+            **self.constants, PER_CLASS=self.per_class, R=r, C=c, num_warps=2 if c <= 32 else 4,
         )  # fmt: skip
 
 
 def forward_tile(classes: int, itemsize: int, center: bool, with_gradient: bool) -> tuple[int, int, int, bool]:
     """(rows a program, classes a tile, warps, whether a row lies in one tile)."""
     c = max(16, triton.next_power_of_2(classes))
-    largest = 2048 if not center else 8192 if with_gradient else 4096
-    resident = c <= largest // (itemsize // 4)
+    double = itemsize == 8
+    largest = 2048 if not center else 4096 if double or not with_gradient else 16384
+    resident = c <= largest
     if not resident:
-        c = 2048 // (itemsize // 4)
-    return max(1, 1024 // c), c, 1 if c == 1024 else 2 if c <= 32 else max(4, min(16, c // 512)), resident
+        c = 2048
+    if c <= 1024:
+        warps = 2 if c <= 32 else 1 if c == 1024 and not double else 4  # one warp for a row of 1k: no barriers
+    else:
+        warps = max(4, min(16, c // (256 if double else 512)))
+    return max(1, (512 if double else 1024) // c), c, warps, resident
 
 
 OPERATORS = operators(LogitMse)
