@@ -92,6 +92,7 @@ def kl_oracle(s: Array, t: Array, tau: float) -> tuple[Array, Array, Array]:
 
     log_p, log_q = log_softmax(t / tau), log_softmax(s / tau)
     p, d = np.exp(log_p), (s - t) / tau
+    d -= np.take_along_axis(d, t.argmax(-1)[:, None], -1)  # 0 where p may be 1 to the last digit
     x = d - (p * d).sum(-1, keepdims=True)
     small = np.abs(x) < 1
     xs = np.where(small, x, 0.0)

@@ -31,6 +31,9 @@ struct RowLayout {
 
   KDFAST_INLINE int64_t offset(int64_t row) const {
     int64_t at = 0;
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
     for (int d = dims - 1; d > 0; --d) {
 #ifdef __CUDA_ARCH__  // a division of 64-bit numbers takes a hundred instructions there
       const int64_t next = (row | size[d]) >> 32 == 0 ? int64_t(uint32_t(row) / uint32_t(size[d])) : row / size[d];

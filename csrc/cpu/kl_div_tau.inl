@@ -368,7 +368,7 @@ struct KlDivTau {
   static constexpr int kTogether = 16, kTogetherClasses = 2048;
   static constexpr int kKeptRows = Hard::kStats > 0 ? 3 : 2;
   // Rows longer than this do not keep w and v, which would drive the logits out of the cache.
-  static constexpr int64_t kKeptBytes = 1 << 20;
+  static constexpr int64_t kKeptBytes = 3 << 19;
 
   // Writes the student's gradient too, where it is wanted.
   template <bool keep>

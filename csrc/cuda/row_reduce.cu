@@ -51,29 +51,32 @@ Device& current_device() {
 // ----------------------------------------------------------------------------------------------
 //
 // A thread holds c = 32 logits of a pair of one 16-bit format, 16 of another pair: w, x and the student's logits take 80, or
-// 48, of the 128 registers that 512 threads leave to each. The bounds in parentheses are for c = 32 and 16.
+// 48, of the 128 registers that 512 threads leave to each. (The squares around 0 hold nothing: c is 256, or 128.) The bounds in
+// parentheses are for c = 32 and 16.
 //
-//   row                            team                        why
-//   <= 32 c   (1024, 512 logits)   1 .. 32 lanes of a warp     no barrier; as few lanes as hold it, so that reductions cost
-//   little
-//   <= 256 c  (8192, 4096)         a block, one                two or more blocks fit a multiprocessor: one loads, another
-//   computes clusters (compute capability 9.0 on):
-//   <= 2, 4, 8, 16 x 256 c (131072, 65536)     a cluster of that many blocks: the row stays on chip; 16 on data-center chips
-//   <= 16 x 512 c (262144, 131072)             the same with the largest block
+//   row                                     team                    why
+//   <= 32 c   (1024, 512 logits)            1 .. 32 lanes           no barrier; as few lanes as hold it, for short reductions
+//   <= 256 c  (8192, 4096)                  a block                 two or more fit a multiprocessor: one loads, one computes
+//   clusters (compute capability 9.0 on):
+//   <= 2, 4, 8, 16 x 256 c (131072, 65536)  that many blocks        the row stays on chip; 16 on data-center chips
+//   <= 16 x 512 c (262144, 131072)          16 of the largest       the same
 //   no cluster, or a longer row:
-//   <= 512 c  (16384, 8192)        a block, one                alone on its multiprocessor, but the row is read once
-//   else                           blocks of 256 c             each reduces a slice, a second kernel merges, a third reads
-//   again float64 on either side         a block of 256 a row        streams the row for each pass; simple, not fast
-Plan plan_rows(int64_t rows, int64_t row_vectors) {
-  constexpr int kept = kVectors;
+//   <= 512 c  (16384, 8192)                 the largest block       alone on its multiprocessor, but the row is read once
+//   else                                    blocks of 256 c         each reduces a slice, a second kernel merges, a third
+//                                                                   reads again
+//   float64 on either side                  a block of 256          reads the row for each pass; simple, not fast
+Plan plan_rows(int64_t rows, int64_t row_vectors, int per_thread) {
+  const int64_t kept = per_thread;
   constexpr int kBlock = 256;
+  constexpr int kFullSectors = 32;  // lanes: a shorter team touches more sectors where rows begin within one
   Plan plan;
   const int64_t most_cluster = current_device().most_cluster;
   if (row_vectors <= 32 * kept) {
-    while (plan.team * kept < row_vectors) plan.team *= 2;
+    while (plan.team * kept < row_vectors || (plan.team < kFullSectors && plan.team * 4 < row_vectors)) plan.team *= 2;
     plan.threads = 128;
     plan.slice_vectors = int(row_vectors);
-    const int64_t teams = plan.threads / plan.team, blocks = (rows + teams - 1) / teams;
+    plan.teams = plan.threads / plan.team;
+    const int64_t blocks = (rows + plan.teams - 1) / plan.teams;
     if (blocks > INT32_MAX) throw std::runtime_error("kdfast: too many rows: " + std::to_string(rows));
     plan.blocks = unsigned(blocks);
     return plan;
@@ -196,10 +199,13 @@ __global__ void __launch_bounds__(256) scale_kernel(void* out, const void* in, D
     span.whole = aligned && left == H::width;
     GradientRow row;
     row.row = to, row.dtype = dtype, row.width = left, row.aligned = aligned;
-    const H x = load_vector<H>(from, dtype, span, 0);
+    const H x = span.is_whole(0) ? load_whole<H>(from, dtype) : load_part<H>(from, dtype, span, 0, nothing<H>());
     float y[H::width];
     for (int i = 0; i < H::width; ++i) y[i] = x[i] * by;
-    row.store<H>(y, span, 0);
+    if (span.is_whole(0))
+      row.store_whole<H>(y, to);
+    else
+      row.store_part<H>(y, to, span, 0);
   }
 }
 __global__ void __launch_bounds__(256) scale_wide_kernel(double* out, const double* in, Numbers factor, int64_t count) {

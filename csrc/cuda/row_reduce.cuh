@@ -17,22 +17,29 @@ namespace kdfast::cuda {
 // ---- plans: which threads work on a row
 // ----------------------------------------------------------------------------------------
 
-constexpr int kVectors = 4;        // that a thread holds
 constexpr int kMostThreads = 512;  // of a block: 128 registers each
 constexpr int kMostWarps = kMostThreads / 32;
 constexpr int kMostCluster = 16;
 
 struct Plan {
   int team = 1;     // threads of a block that share a row: a power of two up to 32, or all of them
+  int teams = 1;    // of a block
   int threads = 1;  // of a block
   int slices = 1;   // blocks that share a row
   int slice_vectors = 0;
   bool cluster = false;
   unsigned blocks = 0;
+
+  // Of this thread.
+  __device__ __forceinline__ int64_t row() const {
+    if (slices > 1) return blockIdx.x / unsigned(slices);
+    return teams == 1 ? int64_t(blockIdx.x) : int64_t(blockIdx.x) * teams + threadIdx.x / unsigned(team);
+  }
+  __device__ __forceinline__ int slice() const { return slices > 1 ? int(blockIdx.x % unsigned(slices)) : 0; }
 };
 
-// `row_vectors`: vectors that a row takes at most.
-Plan plan_rows(int64_t rows, int64_t row_vectors);
+// `row_vectors`: vectors that a row takes at most; `per_thread`: those that a thread takes at most.
+Plan plan_rows(int64_t rows, int64_t row_vectors, int per_thread);
 // The number of vectors that no row exceeds, given how its start is aligned.
 int64_t vectors_of_row(const Logits& student, int64_t classes, int width);
 
@@ -104,31 +111,33 @@ __device__ __forceinline__ F finite_larger(F size, F x) {
   return x > size && x < F(INFINITY) ? x : size;
 }
 
+template <class Op, class F, int N>
+__device__ __forceinline__ void combine(F (&x)[N], int distance, unsigned mask) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) x[n] = Op()(x[n], __shfl_xor_sync(mask, x[n], distance));
+}
+
 // Reduces N numbers over a team, in a fixed order; every thread gets the result. `shared` is used by no other reduction of the
 // block.
 template <class Op, class F, int N>
 __device__ __forceinline__ void reduce(const Team& team, F (&x)[N], F (&shared)[kMostWarps][N]) {
-  const Op op;
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    if (distance >= team.size) continue;
-#pragma unroll
-    for (int n = 0; n < N; ++n) x[n] = op(x[n], __shfl_xor_sync(team.mask, x[n], distance));
+  if (team.size < 32) {
+    for (int distance = team.size / 2; distance > 0; distance /= 2) combine<Op>(x, distance, team.mask);
+    return;
   }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) combine<Op>(x, distance, 0xFFFFFFFFu);
   if (team.warps == 1) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (lane == 0)
     for (int n = 0; n < N; ++n) shared[warp][n] = x[n];
   __syncthreads();
-  // Every `wide` lanes read all warps' numbers, and end with the same result.
-  const int wide = team.warps > 8 ? 16 : team.warps > 4 ? 8 : 4, from = lane & (wide - 1);
+  // Every 16 lanes, or 8, read all warps' numbers, and end with the same result.
+  const int from = lane & (team.warps > kMostWarps / 2 ? kMostWarps - 1 : kMostWarps / 2 - 1);
   for (int n = 0; n < N; ++n) x[n] = from < team.warps ? shared[from][n] : F(Op::identity);
+  if (team.warps > kMostWarps / 2) combine<Op>(x, kMostWarps / 2, 0xFFFFFFFFu);
 #pragma unroll
-  for (int distance = kMostWarps / 2; distance > 0; distance /= 2) {
-    if (distance >= wide) continue;
-#pragma unroll
-    for (int n = 0; n < N; ++n) x[n] = op(x[n], __shfl_xor_sync(0xFFFFFFFFu, x[n], distance));
-  }
+  for (int distance = kMostWarps / 4; distance > 0; distance /= 2) combine<Op>(x, distance, 0xFFFFFFFFu);
 }
 
 template <class Op>
@@ -236,9 +245,15 @@ struct HeldBF16 {
   }
   static constexpr uint32_t nothing = 0xFF80FF80u;
   static __device__ __forceinline__ uint32_t narrow(float low, float high) { return narrow_bf16(low, high); }
-  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+  static __device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) {
     uint32_t c;
     asm("max.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+  }
+  __device__ __forceinline__ HeldBF16 larger(const HeldBF16& other) const {
+    HeldBF16 c;
+#pragma unroll
+    for (int i = 0; i < width / 2; ++i) c.word[i] = larger_pair(word[i], other.word[i]);
     return c;
   }
 };
@@ -252,9 +267,15 @@ struct HeldF16 {
   }
   static constexpr uint32_t nothing = 0xFC00FC00u;
   static __device__ __forceinline__ uint32_t narrow(float low, float high) { return narrow_f16(low, high); }
-  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+  static __device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) {
     uint32_t c;
     asm("max.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+  }
+  __device__ __forceinline__ HeldF16 larger(const HeldF16& other) const {
+    HeldF16 c;
+#pragma unroll
+    for (int i = 0; i < width / 2; ++i) c.word[i] = larger_pair(word[i], other.word[i]);
     return c;
   }
 };
@@ -264,10 +285,16 @@ struct HeldFloat {
   float number[width];
 
   __device__ __forceinline__ float operator[](int i) const { return number[i]; }
+  __device__ __forceinline__ HeldFloat larger(const HeldFloat& other) const {
+    HeldFloat c;
+#pragma unroll
+    for (int i = 0; i < width; ++i) c.number[i] = fmaxf(number[i], other.number[i]);
+    return c;
+  }
 };
 
 template <class Held>
-__device__ __forceinline__ Held outside() {
+__device__ __forceinline__ Held nothing() {
   Held v;
   if constexpr (Held::packed) {
     for (auto& word : v.word) word = Held::nothing;
@@ -277,30 +304,32 @@ __device__ __forceinline__ Held outside() {
   return v;
 }
 
+// The same vector: keeps the compiler from holding its unpacked numbers from one pass to the next, in twice the registers.
 template <class Held>
-__device__ __forceinline__ Held load_part(const void* row, DType dtype, const RowSpan& span, int vector) {
-  Held v = outside<Held>();
+__device__ __forceinline__ Held still_packed(Held v) {
+  if constexpr (Held::packed) asm volatile("" : "+r"(v.word[0]), "+r"(v.word[1]), "+r"(v.word[2]), "+r"(v.word[3]));
+  return v;
+}
+
+// `at`: where the vector begins in memory, be that before its row. `v`: what stands outside the row.
+template <class Held>
+__device__ __forceinline__ Held load_part(const void* at, DType dtype, const RowSpan& span, int vector, Held v) {
 #pragma unroll
   for (int i = 0; i < Held::width; ++i) {
     if (!span.has(vector, i)) continue;
-    const int64_t at = int64_t(vector) * Held::width - span.phase + i;
     if constexpr (Held::packed) {
-      const uint32_t bits = static_cast<const uint16_t*>(row)[at];
+      const uint32_t bits = static_cast<const uint16_t*>(at)[i];
       v.word[i / 2] = i % 2 ? (v.word[i / 2] & 0xFFFFu) | bits << 16 : (v.word[i / 2] & 0xFFFF0000u) | bits;
     } else {
-      v.number[i] = load_one<float>(row, dtype, at);
+      v.number[i] = load_one<float>(at, dtype, i);
     }
   }
   return v;
 }
 
-// `row`: where the row begins in memory.
 template <class Held>
-__device__ __forceinline__ Held load_vector(const void* row, DType dtype, const RowSpan& span, int vector) {
-  if (!span.is_whole(vector)) return load_part<Held>(row, dtype, span, vector);
+__device__ __forceinline__ Held load_whole(const void* at, DType dtype) {
   Held v;
-  const char* at =
-      static_cast<const char*>(row) + (int64_t(vector) * Held::width - span.phase) * (Held::packed ? 2 : size_of(dtype));
   if constexpr (Held::packed) {
     const uint4 words = load_words(at);
     v.word[0] = words.x, v.word[1] = words.y, v.word[2] = words.z, v.word[3] = words.w;
@@ -336,16 +365,9 @@ struct GradientRow {
   }
   __device__ explicit operator bool() const { return row != nullptr; }
 
+  // `at`: where the vector begins in memory. A packed vector's gradient has its dtype.
   template <class Held>
-  __device__ __forceinline__ void store(const float (&x)[Held::width], const RowSpan& span, int vector) const {
-    const int64_t first = int64_t(vector) * Held::width - span.phase;
-    if (!aligned || !span.is_whole(vector)) {
-#pragma unroll
-      for (int i = 0; i < Held::width; ++i)
-        if (span.has(vector, i)) store_one(row, dtype, first + i, x[i]);
-      return;
-    }
-    char* at = row + first * (Held::packed ? 2 : size_of(dtype));
+  __device__ __forceinline__ void store_whole(const float (&x)[Held::width], char* at) const {
     if constexpr (!Held::packed) {
       if (dtype == DType::f32) {
         store_words(at, {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
@@ -353,6 +375,34 @@ struct GradientRow {
       }
     }
     uint32_t word[Held::width / 2];
+    narrow_all<Held>(x, word);
+    if constexpr (Held::packed)
+      store_words(at, {word[0], word[1], word[2], word[3]});
+    else
+      __stcs(reinterpret_cast<uint2*>(at), make_uint2(word[0], word[1]));
+  }
+  template <class Held>
+  __device__ __forceinline__ void store_part(const float (&x)[Held::width], char* at, const RowSpan& span, int vector) const {
+    uint32_t word[Held::width / 2];
+    if constexpr (Held::packed) narrow_all<Held>(x, word);
+#pragma unroll
+    for (int i = 0; i < Held::width; ++i) {
+      if (!span.has(vector, i)) continue;
+      if constexpr (Held::packed)
+        reinterpret_cast<uint16_t*>(at)[i] = uint16_t(word[i / 2] >> (i % 2 * 16));
+      else
+        store_one(at, dtype, i, x[i]);
+    }
+  }
+  // Columns [from, width) become zero. The threads of the row's team share the work.
+  __device__ __forceinline__ void zero(const Team& team, int64_t from) const {
+    if (row == nullptr) return;
+    for (int64_t i = from + team.lane; i < width; i += team.size) store_one(row, dtype, i, 0.f);
+  }
+
+ private:
+  template <class Held>
+  __device__ __forceinline__ void narrow_all(const float (&x)[Held::width], uint32_t (&word)[Held::width / 2]) const {
 #pragma unroll
     for (int i = 0; i < Held::width / 2; ++i) {
       if constexpr (Held::packed)
@@ -360,15 +410,6 @@ struct GradientRow {
       else
         word[i] = dtype == DType::bf16 ? narrow_bf16(x[2 * i], x[2 * i + 1]) : narrow_f16(x[2 * i], x[2 * i + 1]);
     }
-    if constexpr (Held::packed)
-      store_words(at, {word[0], word[1], word[2], word[3]});
-    else
-      __stcs(reinterpret_cast<uint2*>(at), make_uint2(word[0], word[1]));
-  }
-  // Columns [from, width) become zero. The threads of the row's team share the work.
-  __device__ __forceinline__ void zero(const Team& team, int64_t from) const {
-    if (row == nullptr) return;
-    for (int64_t i = from + team.lane; i < width; i += team.size) store_one(row, dtype, i, 0.f);
   }
 };
 
@@ -382,28 +423,82 @@ inline __device__ void zero_wide(const Team& team, const Gradient& gradient, int
 // ---- slices
 // --------------------------------------------------------------------------------------------------------------------
 
-// The vectors that this thread holds: first, first + stride, ... , `steps` of them for every thread of the team; those from
-// `end` on are nothing.
+// The vectors of this thread: first, first + stride, ... , `count` of them.
 struct Slice {
-  int first, stride, end, steps;
+  int first, stride, count;
+  bool whole;  // all of them go by 128 bits
 
   __device__ __forceinline__ Slice(const Team& team, const Plan& plan, const RowSpan& span, int index) {
-    const int begin = index * plan.slice_vectors;
+    const int begin = index * plan.slice_vectors, end = min(begin + plan.slice_vectors, span.vectors);
     first = begin + team.lane;
     stride = team.size;
-    end = min(begin + plan.slice_vectors, span.vectors);
-    steps = (max(0, end - begin) + stride - 1) / stride;
+    const int after = max(0, end - first + stride - 1);
+    count = int(unsigned(after) / unsigned(stride));
+    whole = count > 0 && span.is_whole(first) && span.is_whole(vector(count - 1));
   }
   __device__ __forceinline__ int vector(int step) const { return first + step * stride; }
+};
 
-  template <class Held>
-  __device__ __forceinline__ Held load(const void* row, DType dtype, const RowSpan& span, int step) const {
-    return vector(step) < end ? load_vector<Held>(row, dtype, span, vector(step)) : outside<Held>();
+// Goes through a slice's vectors of one tensor, in order.
+struct Cursor {
+  const RowSpan& span;
+  int vector, stride;
+  bool whole;  // all of them go by 128 bits
+  char* at;    // where the next one begins in memory
+  int64_t step;
+
+  __device__ __forceinline__ Cursor(const void* row, int size, int width, const RowSpan& span, const Slice& slice, bool whole)
+      : span(span), vector(slice.first), stride(slice.stride), whole(whole) {
+    at = static_cast<char*>(const_cast<void*>(row)) + int64_t(vector * width - span.phase) * size;
+    step = int64_t(stride * width * size);
   }
-  template <class Held>
-  __device__ __forceinline__ void store(const float (&x)[Held::width], const GradientRow& gradient, const RowSpan& span,
-                                        int step) const {
-    if (vector(step) < end) gradient.store<Held>(x, span, vector(step));
+  __device__ __forceinline__ void advance() {
+    at += step;
+    vector += stride;
+  }
+};
+
+// `outside`: what stands where a vector reaches out of the row.
+template <class Held>
+struct Reader : Cursor {
+  DType dtype;
+  Held outside;
+
+  __device__ __forceinline__ Reader(const void* row, DType dtype, const RowSpan& span, const Slice& slice, Held outside)
+      : Cursor(row, Held::packed ? 2 : size_of(dtype), Held::width, span, slice, slice.whole), dtype(dtype), outside(outside) {}
+  // The next ones, at most `count`.
+  template <int n>
+  __device__ __forceinline__ void next(Held (&held)[n], int count) {
+    if (whole) {
+#pragma unroll
+      for (int v = 0; v < n; ++v, advance()) {
+        if (v >= count) break;
+        held[v] = load_whole<Held>(at, dtype);
+      }
+    } else {
+#pragma unroll
+      for (int v = 0; v < n; ++v, advance()) {
+        if (v >= count) break;
+        held[v] = span.is_whole(vector) ? load_whole<Held>(at, dtype) : load_part<Held>(at, dtype, span, vector, outside);
+      }
+    }
+  }
+};
+
+template <class Held>
+struct Writer : Cursor {
+  const GradientRow& gradient;
+
+  __device__ __forceinline__ Writer(const GradientRow& gradient, const RowSpan& span, const Slice& slice)
+      : Cursor(gradient.row, Held::packed ? 2 : size_of(gradient.dtype), Held::width, span, slice,
+               slice.whole && gradient.aligned),
+        gradient(gradient) {}
+  __device__ __forceinline__ void next(const float (&x)[Held::width]) {
+    if (whole || (gradient.aligned && span.is_whole(vector)))
+      gradient.store_whole<Held>(x, at);
+    else
+      gradient.store_part<Held>(x, at, span, vector);
+    advance();
   }
 };
 
@@ -468,13 +563,14 @@ __device__ __forceinline__ void finish(const Task& task, const void* row_loss, i
   }
 }
 
-// A loss L has: Parameters, with `args` in it; Partial, the numbers of a slice, and Row, those of a row, all floats;
+// A loss L has: kHeld, the vectors of a row that a thread takes; kBlocks, of the largest size, that a multiprocessor is to
+// hold; Parameters, with `args` in it; Partial, the numbers of a slice, and Row, those of a row, all floats;
 //   Held<H, wants_gradient>  a slice in registers: reduce() makes its Partial, write_gradient() needs the Row
 //   row_of(parameters, partial)                  the Row of a single slice
 //   merge(parameters, slices, read, own, lane)   the Row of several, by a warp: read(i) is the Partial of slice i, `own` this
 //   block's finish_row(parameters, row, weight, index)   writes loss and statistics
 template <class L, class H, bool wants_gradient>
-__global__ void __launch_bounds__(kMostThreads, 1)
+__global__ void __launch_bounds__(kMostThreads, L::kBlocks)
     forward_kernel(const __grid_constant__ typename L::Parameters parameters, const __grid_constant__ Task task) {
   using Partial = typename L::Partial;
   using Row = typename L::Row;
@@ -486,10 +582,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const auto& args = parameters.args;
   const Plan& plan = task.plan;
   const Team team(plan);
-  const unsigned teams = plan.team > 32 ? 1 : plan.threads / plan.team;
-  const int64_t place = int64_t(blockIdx.x) * teams + (plan.team > 32 ? 0 : threadIdx.x / plan.team);
-  const int64_t index = plan.slices == 1 ? place : int64_t(blockIdx.x / unsigned(plan.slices));
-  const int slice_index = plan.slices == 1 ? 0 : int(blockIdx.x % unsigned(plan.slices));
+  const int64_t index = plan.row();
+  const int slice_index = plan.slice();
   const float weight = index < args.rows ? args.weight.at(index, 1.f) : 0.f;
 
   if (weight != 0) {
@@ -530,12 +624,12 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       if (threadIdx.x == 0) reinterpret_cast<Partial*>(task.partials)[blockIdx.x] = partial;
       return;
     }
+    if (slice_index == 0 && team.leads()) L::finish_row(parameters, row, weight, index);
     if constexpr (wants_gradient) {
       const GradientRow gradient = gradient_of();
       held.write_gradient(parameters, span, slice, row, gradient, factor_of());
       if (slice_index == plan.slices - 1) gradient.zero(team, args.classes);
     }
-    if (slice_index == 0 && team.leads()) L::finish_row(parameters, row, weight, index);
     if (plan.cluster) cluster_wait();
   } else if (index < args.rows) {  // not read
     if (slice_index == 0) {
@@ -568,17 +662,15 @@ __global__ void __launch_bounds__(128)
   finish<float>(task, args.row_loss, args.rows);
 }
 
-// Gradients from what the forward left of a row: L::Backward<H> computes those of a vector.
+// Gradients from what the forward left of a row: L::Backward computes those of a vector.
 template <class L, class H>
 __global__ void __launch_bounds__(kMostThreads, 1)
     backward_kernel(const __grid_constant__ typename L::Parameters parameters, const __grid_constant__ Task task) {
   const auto& args = parameters.args;
   const Plan& plan = task.plan;
   const Team team(plan);
-  const unsigned teams = plan.team > 32 ? 1 : plan.threads / plan.team;
-  const int64_t place = int64_t(blockIdx.x) * teams + (plan.team > 32 ? 0 : threadIdx.x / plan.team);
-  const int64_t index = plan.slices == 1 ? place : int64_t(blockIdx.x / unsigned(plan.slices));
-  const int slice_index = plan.slices == 1 ? 0 : int(blockIdx.x % unsigned(plan.slices));
+  const int64_t index = plan.row();
+  const int slice_index = plan.slice();
   if (index >= args.rows) return;
 
   const void* student =
@@ -601,14 +693,23 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const float factor = args.grad_loss.at(index, 1.f) * float(args.grad_scale) * weight / task.divisor.at(0, float(task.number));
   const typename L::Backward backward(parameters, index, factor);
   const Slice slice(team, plan, span, slice_index);
+  Reader<H> read_student(student, args.student.dtype, span, slice, nothing<H>()),
+      read_teacher(teacher, args.teacher.dtype, span, slice, nothing<H>());
+  Writer<H> write_student(grad_student, span, slice), write_teacher(grad_teacher, span, slice);
 #pragma unroll 1
-  for (int step = 0; step < slice.steps; ++step) {
-    const H s = slice.load<H>(student, args.student.dtype, span, step),
-            t = slice.load<H>(teacher, args.teacher.dtype, span, step);
-    float for_student[H::width], for_teacher[H::width];
-    backward.vector(parameters, s, t, for_student, for_teacher);
-    if (grad_student) slice.store<H>(for_student, grad_student, span, step);
-    if (grad_teacher) slice.store<H>(for_teacher, grad_teacher, span, step);
+  for (int i = 0; i < slice.count; ++i) {
+    H s[1], t[1];
+    read_student.next(s, 1);
+    read_teacher.next(t, 1);
+    float gradient[H::width];
+    if (grad_teacher) {
+      backward.teacher(parameters, s[0], t[0], gradient);
+      write_teacher.next(gradient);
+    }
+    if (grad_student) {
+      backward.student(parameters, s[0], t[0], gradient);
+      write_student.next(gradient);
+    }
   }
 }
 
@@ -628,7 +729,8 @@ Plan plan_of(const typename L::Args& args) {
     plan.blocks = args.rows;
     return plan;
   }
-  return plan_rows(args.rows, vectors_of_row(args.student, args.classes, vector_width(args.student.dtype, args.teacher.dtype)));
+  return plan_rows(args.rows, vectors_of_row(args.student, args.classes, vector_width(args.student.dtype, args.teacher.dtype)),
+                   L::kHeld);
 }
 
 template <class L>
@@ -689,7 +791,7 @@ void run_forward(const typename L::Args& given, const Call& call, int stats, con
     void* arguments[] = {&args, &task};
     return launch((const void*)wide_kernel, plan, stream, arguments, name, args.rows, args.classes);
   }
-  if (apart && wants_gradient && args.row_stats == nullptr) args.row_stats = memory.row_stats;
+  if (apart && wants_gradient && stats > 0 && args.row_stats == nullptr) args.row_stats = memory.row_stats;
   typename L::Parameters parameters(args);
   void* arguments[] = {&parameters, &task};
   if (!apart)
