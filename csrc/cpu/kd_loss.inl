@@ -45,6 +45,7 @@ struct HardPart {
     return exponential(s);
   }
   KDFAST_INLINE bool holds_target(int64_t i) const { return uint64_t(target - i) < uint64_t(kLanes<V>); }
+  KDFAST_INLINE IntOf<V> target_lane(int64_t i) const { return lane_numbers<V>() == ScalarOf<IntOf<V>>(target - i); }
 
   void start(F s_max) { stat[HardStat::s_max] = s_max; }
   // Adds a vector to the sums, and leaves its exponentials in a scratch row where `keep`. shared: those of the soft part, which
@@ -56,12 +57,13 @@ struct HardPart {
     if (!shares) e = exponential(s);
     if constexpr (keep) store(kept_e + i, e, lanes);
     if (holds_target(i)) {
-      sums.target_s = s[target - i];
-      sums.target_exponential = e[target - i];
-      e[target - i] = 0;
+      const auto at = target_lane(i);
+      sums.target_s = largest(at ? s : splat<V>(-inf));
+      sums.target_exponential = sum(at ? e : V{});
+      e = at ? V{} : e;
     }
     sums.others += e;
-    sums.below_max += stat[HardStat::s_max] - load<V>(student + i, lanes, stat[HardStat::s_max]);
+    if (smoothing != 0) sums.below_max += stat[HardStat::s_max] - load<V>(student + i, lanes, stat[HardStat::s_max]);
   }
   void finish_row(const Sums& sums) {
     if (!counts) return;
@@ -106,7 +108,7 @@ struct HardPart {
   template <class Weights, class Lanes>
   KDFAST_INLINE V gradient(const Weights& weights, int64_t i, Lanes lanes, V s) const {
     V g = weights.exponential(*this, i, lanes, s) * factor - elsewhere;
-    if (holds_target(i)) g[target - i] = at_target;
+    if (holds_target(i)) g = target_lane(i) ? splat<V>(at_target) : g;
     return g;
   }
   template <class Weights>

@@ -288,10 +288,14 @@ KDFAST_INLINE void stream(S* p, V v) {
   __builtin_memcpy(p, out, sizeof out);
 }
 template <class V>
-KDFAST_INLINE IntOf<V> lanes_below(int n) {
+KDFAST_INLINE IntOf<V> lane_numbers() {
   IntOf<V> lane;
   for (int i = 0; i < kLanes<V>; ++i) lane[i] = i;
-  return lane < (ScalarOf<IntOf<V>>)n;
+  return lane;
+}
+template <class V>
+KDFAST_INLINE IntOf<V> lanes_below(int n) {
+  return lane_numbers<V>() < (ScalarOf<IntOf<V>>)n;
 }
 // The lanes from n on read as `fill`, and are not written.
 template <class V, class S>
