@@ -74,7 +74,7 @@ def kl_div_tau(
     _check_logits(student_logits, teacher_logits)
     tau = _temperature("tau", tau)
     teacher_tau = tau if teacher_tau is None else _temperature("teacher_tau", teacher_tau)
-    if math.isinf(tau) or math.isinf(teacher_tau):
+    if math.inf in (tau, teacher_tau):
         if teacher_tau != tau:
             raise ValueError(
                 f"teacher_tau must equal tau where either is infinite; got tau={tau} and teacher_tau={teacher_tau}"
