@@ -4,6 +4,7 @@ The operators themselves are not differentiable. One autograd.Function for all l
 serve (functorch's levels, forward-mode AD, create_graph) go to reference.py, which torch differentiates.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -251,7 +252,7 @@ def _register_fakes(loss: Loss) -> None:
         *rest: Any,
     ) -> tuple[Tensor, ...]:
         dtype = accumulate(student, teacher)
-        rows = student.shape[:-1].numel()
+        rows = math.prod(student.shape[:-1])  # torch.Size.numel() would fix the number of rows while tracing
         return (
             *(student.new_empty(loss_shape(student, reduction), dtype=dtype) for _ in range(loss.values)),
             student.new_empty((rows, loss.row_stats(*rest)), dtype=dtype),
