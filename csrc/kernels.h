@@ -135,11 +135,47 @@ struct LogitMseArgs {
   Numbers weight;  // data == nullptr: all ones. A row of weight 0 is not read.
 
   void* row_loss = nullptr;
-  void* row_stats = nullptr;  // kMseStats a row, only with center
+  void* row_stats = nullptr;  // as MseStat lists them, only with center
 
   Numbers grad_loss;  // data == nullptr: 1
   double grad_scale = 1;
   Gradient grad_student, grad_teacher;
+};
+
+// The same with another function of the differences x = d - c in the place of x^2:
+//   smooth_l1:  x^2 / (2 delta) where |x| < delta, else |x| - delta / 2
+//   else:       delta^2 (sqrt(1 + (x / delta)^2) - 1)
+// With center a gradient is the slope minus the row's mean slope. per_class and scale stay at their defaults.
+struct LogitHuberArgs : LogitMseArgs {
+  double delta = 1;
+  bool smooth_l1 = false;
+};
+
+// The whole objective of distillation, one value a row:  weight * ((1 - alpha) * hard + alpha * soft)
+//   hard: the student's cross-entropy at temperature 1 with the row's target, (1 - label_smoothing) (log Z - s_target) +
+//         label_smoothing mean_k (log Z - s_k); 0 in a row whose target is ignore_index. A target that is neither that nor from
+//         0 to classes - 1 makes the row NaN.
+//   soft: what kl_div_tau computes, or logit_mse by `center`, `per_class` and `scale`.
+// With alpha at 0 or 1 the other part takes no part in loss and gradient, whatever it holds. Student and teacher are both f64,
+// or neither is.
+enum class Soft : int { kl = 0, mse = 1, tau_limit = 2 };
+struct KdLossArgs : KlDivTauArgs {
+  Soft soft = Soft::kl;
+  bool center = false, per_class = false;  // as in LogitMseArgs
+
+  double alpha = 0.5, label_smoothing = 0;
+  int64_t ignore_index = -100;
+  Numbers target;  // i64 or i32
+
+  // Forward, of type F: weight * hard and weight * soft; row_loss may be nullptr, their sums being what is wanted. row_stats
+  // holds the soft part's numbers, then the hard part's (HardStat).
+  void* row_hard = nullptr;
+  void* row_soft = nullptr;
+
+  // The two parts have a divisor each (a mean of the hard part is over the rows that are not ignored). Derivatives by a row's
+  // unweighted soft and hard value: grad_loss[r] * weight[r] times grad_scale, which is alpha / the soft part's divisor, and
+  // hard_grad_scale, (1 - alpha) / the hard part's.
+  double hard_grad_scale = 1;
 };
 
 namespace cpu {
@@ -149,6 +185,10 @@ void kl_div_tau_forward(const KlDivTauArgs& args, int64_t begin, int64_t end);
 void kl_div_tau_backward(const KlDivTauArgs& args, int64_t begin, int64_t end);
 void logit_mse_forward(const LogitMseArgs& args, int64_t begin, int64_t end);
 void logit_mse_backward(const LogitMseArgs& args, int64_t begin, int64_t end);
+void logit_huber_forward(const LogitHuberArgs& args, int64_t begin, int64_t end);
+void logit_huber_backward(const LogitHuberArgs& args, int64_t begin, int64_t end);
+void kd_loss_forward(const KdLossArgs& args, int64_t begin, int64_t end);
+void kd_loss_backward(const KdLossArgs& args, int64_t begin, int64_t end);
 
 // out[i] = in[i] * factor for i in [begin, end); out and in may be the same.
 void scale_gradient(void* out, const void* in, DType dtype, double factor, int64_t begin, int64_t end);

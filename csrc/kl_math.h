@@ -39,6 +39,15 @@ struct MseStat {
   enum { s_offset, t_offset, mean, inv_classes, count };
 };
 
+struct HuberStat : MseStat {
+  enum { slope = MseStat::count, count };  // the row's mean slope, which `center` takes from every class's
+};
+
+// The hard part of kd_loss: slope is the softmax at the target less 1, which is -(the sum of the others), no difference.
+struct HardStat {
+  enum { s_max, inv_z, slope, count };
+};
+
 namespace math {
 
 template <class V>

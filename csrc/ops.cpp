@@ -224,6 +224,26 @@ double divisor_of(const Options& options, const Tensor& student, const Numbers& 
   return total == 0 ? 1 : total * per_row;  // every row masked: 0 / 1
 }
 
+// The same for the hard part of kd_loss, whose mean is over the rows that are not ignored.
+double hard_divisor_of(const Options& options, const Tensor& student, const KdLossArgs& args) {
+  const bool over_rows = options.reduction == Reduction::Mean && !options.divisor && !options.denominator;
+  if (!over_rows || args.rows == 0) return divisor_of(options, student, args.weight, args.rows, 1);
+  double total = 0;
+  for (int64_t r = 0; r < args.rows; ++r)
+    if (args.target.at(r, int64_t(0)) != args.ignore_index) total += args.weight.at(r, 1.0);
+  return total == 0 ? 1 : total;
+}
+
+// A target of a row that counts must be a class. (functional.py knows this message by its beginning.)
+void check_targets(const KdLossArgs& args) {
+  for (int64_t r = 0; r < args.rows; ++r) {
+    const int64_t target = args.target.at(r, int64_t(0));
+    STD_TORCH_CHECK((target >= 0 && target < args.classes) || target == args.ignore_index || args.weight.at(r, 1.0) == 0,
+                    "kdfast: target must be from 0 to ", args.classes - 1, " or ignore_index = ", args.ignore_index, "; got ",
+                    target, " in row ", r);
+  }
+}
+
 template <class F>
 double sum_of(const void* values, int64_t count) {
   double total = 0;
@@ -241,33 +261,40 @@ void for_rows(const Args& args, Kernel kernel) {
   torch::stable::parallel_for(0, args.rows, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
-// Runs a forward kernel and reduces its row losses.
-template <class Args, class Kernel>
-Tensor reduced_loss(Args& args, const Tensor& student, ScalarType type, Reduction reduction, double divisor, Kernel kernel) {
-  if (reduction == Reduction::None) {
-    std::vector<int64_t> sizes = sizes_of(student);
-    sizes.pop_back();
-    Tensor loss = empty_like_device(student, sizes, type);
-    args.row_loss = loss.data_ptr();
-    for_rows(args, kernel);
-    return loss;
-  }
-  const bool wide = type == ScalarType::Double;
-  std::vector<double> row_loss(wide ? args.rows : (args.rows + 1) / 2);
-  args.row_loss = row_loss.data();
-  for_rows(args, kernel);
-  const double loss = (wide ? sum_of<double>(args.row_loss, args.rows) : sum_of<float>(args.row_loss, args.rows)) / divisor;
-  Tensor result = empty_like_device(student, {}, type);
-  if (wide)
-    *static_cast<double*>(result.data_ptr()) = loss;
+// One value a row, of type `type`, for a kernel to fill.
+Tensor empty_rows(const Tensor& student, ScalarType type) {
+  std::vector<int64_t> sizes = sizes_of(student);
+  sizes.pop_back();
+  return empty_like_device(student, sizes, type);
+}
+
+// The same for a sum over rows: memory for a kernel to fill, and its sum.
+struct RowValues {
+  bool wide;
+  int64_t rows;
+  std::vector<double> memory;
+
+  RowValues(ScalarType type, int64_t rows)
+      : wide(type == ScalarType::Double), rows(rows), memory(wide ? rows : (rows + 1) / 2) {}
+  double sum() const { return wide ? sum_of<double>(memory.data(), rows) : sum_of<float>(memory.data(), rows); }
+};
+
+Tensor scalar(const Tensor& like, ScalarType type, double value) {
+  Tensor result = empty_like_device(like, {}, type);
+  if (type == ScalarType::Double)
+    *static_cast<double*>(result.data_ptr()) = value;
   else
-    *static_cast<float*>(result.data_ptr()) = float(loss);
+    *static_cast<float*>(result.data_ptr()) = float(value);
   return result;
 }
 
+// What forward returns of each loss before the statistics or the gradient.
+using Value = std::tuple<Tensor>;
+using Parts = std::tuple<Tensor, Tensor, Tensor>;  // loss, hard, soft
+
 // What differs between the devices: where the divisor is known, how a kernel runs, how its row losses are reduced.
 struct OnCpu {
-  double divisor = 1;
+  double divisor = 1, hard_divisor = 1;
 
   explicit OnCpu(const Tensor&) {}
   template <class Args>
@@ -275,9 +302,43 @@ struct OnCpu {
     divisor = divisor_of(options, student, args.weight, args.rows, per_row);
     args.grad_scale = 1 / divisor;
   }
+  void divide(KdLossArgs& args, const Options& options, const Tensor& student, double per_row) {
+    check_targets(args);
+    divisor = divisor_of(options, student, args.weight, args.rows, per_row);
+    hard_divisor = hard_divisor_of(options, student, args);
+    args.grad_scale = args.alpha / divisor;
+    args.hard_grad_scale = (1 - args.alpha) / hard_divisor;
+  }
   template <class Loss, class Args>
-  Tensor forward(Args& args, const Tensor& student, ScalarType type, Reduction reduction) const {
-    return reduced_loss(args, student, type, reduction, divisor, Loss::forward);
+  Value forward(Args& args, const Tensor& student, ScalarType type, Reduction reduction) const {
+    if (reduction == Reduction::None) {
+      Tensor loss = empty_rows(student, type);
+      args.row_loss = loss.data_ptr();
+      for_rows(args, Loss::forward);
+      return {loss};
+    }
+    RowValues loss(type, args.rows);
+    args.row_loss = loss.memory.data();
+    for_rows(args, Loss::forward);
+    return {scalar(student, type, loss.sum() / divisor)};
+  }
+  template <class Loss>
+  Parts forward(KdLossArgs& args, const Tensor& student, ScalarType type, Reduction reduction) const {
+    if (reduction == Reduction::None) {
+      Tensor loss = empty_rows(student, type), hard = empty_rows(student, type), soft = empty_rows(student, type);
+      args.row_loss = loss.data_ptr();
+      args.row_hard = hard.data_ptr();
+      args.row_soft = soft.data_ptr();
+      for_rows(args, Loss::forward);
+      return {loss, hard, soft};
+    }
+    RowValues hard_rows(type, args.rows), soft_rows(type, args.rows);
+    args.row_hard = hard_rows.memory.data();
+    args.row_soft = soft_rows.memory.data();
+    for_rows(args, Loss::forward);
+    const double hard = hard_rows.sum() / hard_divisor, soft = soft_rows.sum() / divisor, a = args.alpha;
+    const double loss = a == 0 ? hard : a == 1 ? soft : (1 - a) * hard + a * soft;
+    return {scalar(student, type, loss), scalar(student, type, hard), scalar(student, type, soft)};
   }
   template <class Loss, class Args>
   void backward(const Args& args, const Tensor&) const {
@@ -311,7 +372,7 @@ struct OnCuda {
       call.number = divisor_of(options, student, args.weight, args.rows, per_row);
   }
   template <class Loss, class Args>
-  Tensor forward(Args& args, const Tensor& student, ScalarType type, Reduction reduction) {
+  Value forward(Args& args, const Tensor& student, ScalarType type, Reduction reduction) {
     std::vector<int64_t> sizes;
     if (reduction == Reduction::None) {
       sizes = sizes_of(student);
@@ -321,7 +382,7 @@ struct OnCuda {
     (reduction == Reduction::None ? args.row_loss : call.loss) = loss.data_ptr();
     const Tensor workspace = allocate(args, student);
     Loss::forward_cuda(args, call);
-    return loss;
+    return {loss};
   }
   template <class Loss, class Args>
   void backward(const Args& args, const Tensor& student) {
@@ -347,8 +408,7 @@ template <class Loss, class Device>
 struct Ops {
   using Args = typename Loss::Args;
 
-  static std::tuple<Tensor, Tensor> forward(const Loss& loss, Tensor student, Tensor teacher, const Options& options,
-                                            int64_t num_classes) {
+  static auto forward(const Loss& loss, Tensor student, Tensor teacher, const Options& options, int64_t num_classes) {
     Args args = make_args<Args>(student, teacher, options, num_classes);
     loss.fill(args);
     const ScalarType type = accumulate_type(student, teacher);
@@ -356,12 +416,10 @@ struct Ops {
     if (loss.stats() > 0) args.row_stats = stats.data_ptr();
     Device device(student);
     device.divide(args, options, student, loss.per_row(args));
-    Tensor value = device.template forward<Loss>(args, student, type, options.reduction);
-    return {value, stats};
+    return std::tuple_cat(device.template forward<Loss>(args, student, type, options.reduction), std::make_tuple(stats));
   }
 
-  static std::tuple<Tensor, Tensor> forward_grad(const Loss& loss, Tensor student, Tensor teacher, const Options& options,
-                                                 int64_t num_classes) {
+  static auto forward_grad(const Loss& loss, Tensor student, Tensor teacher, const Options& options, int64_t num_classes) {
     STD_TORCH_CHECK(options.reduction != Reduction::None, "kdfast: a gradient in forward needs a scalar loss");
     Args args = make_args<Args>(student, teacher, options, num_classes);
     loss.fill(args);
@@ -369,8 +427,8 @@ struct Ops {
     device.divide(args, options, student, loss.per_row(args));
     Tensor gradient = new_gradient(student, true);
     args.grad_student = gradient_of(gradient);
-    Tensor value = device.template forward<Loss>(args, student, accumulate_type(student, teacher), options.reduction);
-    return {value, gradient};
+    const ScalarType type = accumulate_type(student, teacher);
+    return std::tuple_cat(device.template forward<Loss>(args, student, type, options.reduction), std::make_tuple(gradient));
   }
 
   static void backward_into(const Loss& loss, const Tensor& grad_loss, Tensor student, Tensor teacher, const Tensor& stats,
@@ -454,11 +512,63 @@ struct LogitMse {
   double per_row(const Args& args) const { return tau_limit ? 1 : double(args.classes); }
 };
 
+// ---- logit_huber ---------------------------------------------------------------------------------------------------------
+
+struct LogitHuber {
+  using Args = LogitHuberArgs;
+  static constexpr auto forward = cpu::logit_huber_forward;
+  static constexpr auto backward = cpu::logit_huber_backward;
+
+  double delta;
+  bool smooth_l1, center;
+
+  void fill(Args& args) const {
+    args.delta = delta;
+    args.smooth_l1 = smooth_l1;
+    args.center = center;
+  }
+  int64_t stats() const { return center ? HuberStat::count : 0; }
+  static double per_row(const Args& args) { return double(args.classes); }
+};
+
+// ---- kd_loss -------------------------------------------------------------------------------------------------------------
+
+struct KdLoss {
+  using Args = KdLossArgs;
+  static constexpr auto forward = cpu::kd_loss_forward;
+  static constexpr auto backward = cpu::kd_loss_backward;
+
+  const Tensor& target;
+  double tau, alpha;
+  Soft soft;
+  int64_t ignore_index;
+  double label_smoothing;
+
+  void fill(Args& args) const {
+    STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long || target.scalar_type() == ScalarType::Int,
+                    "kdfast: the target must be int64 or int32");
+    STD_TORCH_CHECK((args.student.dtype == DType::f64) == (args.teacher.dtype == DType::f64),
+                    "kdfast: kd_loss takes float64 logits on both sides or on none");
+    STD_TORCH_CHECK(int(soft) >= 0 && int(soft) <= 2, "kdfast: unknown soft loss");
+    args.soft = soft;
+    args.center = args.per_class = soft == Soft::tau_limit;
+    if (soft == Soft::kl) args.tau = args.teacher_tau = tau;
+    args.scale = soft == Soft::kl ? tau * tau : soft == Soft::tau_limit ? 0.5 : 1;
+    args.alpha = alpha;
+    args.label_smoothing = label_smoothing;
+    args.ignore_index = ignore_index;
+    args.target = numbers_of(target, args.rows, "target");
+  }
+  int64_t stats() const { return HardStat::count + (soft == Soft::kl ? int(KlStat::count) : int(MseStat::count)); }
+  double per_row(const Args& args) const { return soft == Soft::mse ? double(args.classes) : 1; }
+};
+
 // ---- operators -----------------------------------------------------------------------------------------------------------
 //
 // Every loss has four:
 //   X_forward           -> (loss, row_stats)       the loss, reduced; what the backward needs to know of each row
 //   X_forward_grad      -> (loss, grad_student)    the same and the student's gradient for grad_loss = 1
+//                                                  (of kd_loss both return loss, hard and soft part in the place of loss)
 //   X_backward          -> (grad_student, grad_teacher)    each an empty tensor where it is not wanted
 //   X_backward_inplace  -> grad_teacher            the student's gradient overwrites its logits
 // `row_weight` one number a row; `denominator` (a tensor) or `divisor` (a number) replaces the reduction's own divisor;
@@ -474,13 +584,11 @@ struct LogitMse {
 #define KDFAST_UNWRAP(...) __VA_ARGS__
 #define KDFAST_LOSS(NAME, LOSS, PARAMETERS, VALUES)                                                                        \
   template <class Device>                                                                                                  \
-  std::tuple<Tensor, Tensor> NAME##_forward(const Tensor& student, const Tensor& teacher, KDFAST_COMMON,                   \
-                                            KDFAST_UNWRAP PARAMETERS) {                                                    \
+  auto NAME##_forward(const Tensor& student, const Tensor& teacher, KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS) {             \
     return Ops<LOSS, Device>::forward(LOSS{KDFAST_UNWRAP VALUES}, student, teacher, KDFAST_OPTIONS);                       \
   }                                                                                                                        \
   template <class Device>                                                                                                  \
-  std::tuple<Tensor, Tensor> NAME##_forward_grad(const Tensor& student, const Tensor& teacher, KDFAST_COMMON,              \
-                                                 KDFAST_UNWRAP PARAMETERS) {                                               \
+  auto NAME##_forward_grad(const Tensor& student, const Tensor& teacher, KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS) {        \
     return Ops<LOSS, Device>::forward_grad(LOSS{KDFAST_UNWRAP VALUES}, student, teacher, KDFAST_OPTIONS);                  \
   }                                                                                                                        \
   template <class Device>                                                                                                  \
@@ -500,6 +608,10 @@ struct LogitMse {
 KDFAST_LOSS(kl_div_tau, KlDivTau, (double tau, double teacher_tau, bool scale_by_tau_squared),
             (tau, teacher_tau, scale_by_tau_squared))
 KDFAST_LOSS(logit_mse, LogitMse, (bool center, bool tau_limit), (center, tau_limit))
+KDFAST_LOSS(logit_huber, LogitHuber, (double delta, bool smooth_l1, bool center), (delta, smooth_l1, center))
+KDFAST_LOSS(kd_loss, KdLoss,
+            (const Tensor& target, double tau, double alpha, int64_t soft, int64_t ignore_index, double label_smoothing),
+            (target, tau, alpha, Soft(soft), ignore_index, label_smoothing))
 
 template <class Device>
 void scale_into(const Tensor& out, const Tensor& gradient, const Tensor& grad_loss) {
@@ -520,14 +632,16 @@ void scale_gradient_inplace(const Tensor& gradient, const Tensor& grad_loss) {
 }  // namespace
 }  // namespace kdfast
 
-#define KDFAST_SCHEMAS(NAME, PARAMETERS)                                                                                      \
-  library.def(NAME "_forward(Tensor student, Tensor teacher, " KDFAST_COMMON_SCHEMA ", " PARAMETERS ") -> (Tensor, Tensor)"); \
-  library.def(NAME "_forward_grad(Tensor student, Tensor teacher, " KDFAST_COMMON_SCHEMA ", " PARAMETERS                      \
-                   ") -> (Tensor, Tensor)");                                                                                  \
-  library.def(NAME "_backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor row_stats, " KDFAST_COMMON_SCHEMA      \
-                   ", " PARAMETERS ", bool for_student, bool for_teacher) -> (Tensor, Tensor)");                              \
-  library.def(                                                                                                                \
-      NAME "_backward_inplace(Tensor grad_loss, Tensor(a!) student, Tensor teacher, Tensor row_stats, " KDFAST_COMMON_SCHEMA  \
+// VALUES: what forward returns of the loss.
+#define KDFAST_SCHEMAS(NAME, PARAMETERS, VALUES)                                                                             \
+  library.def(NAME "_forward(Tensor student, Tensor teacher, " KDFAST_COMMON_SCHEMA ", " PARAMETERS ") -> (" VALUES          \
+                   ", Tensor)");                                                                                             \
+  library.def(NAME "_forward_grad(Tensor student, Tensor teacher, " KDFAST_COMMON_SCHEMA ", " PARAMETERS ") -> (" VALUES     \
+                   ", Tensor)");                                                                                             \
+  library.def(NAME "_backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor row_stats, " KDFAST_COMMON_SCHEMA     \
+                   ", " PARAMETERS ", bool for_student, bool for_teacher) -> (Tensor, Tensor)");                             \
+  library.def(                                                                                                               \
+      NAME "_backward_inplace(Tensor grad_loss, Tensor(a!) student, Tensor teacher, Tensor row_stats, " KDFAST_COMMON_SCHEMA \
            ", " PARAMETERS ", bool for_teacher) -> Tensor");
 
 #define KDFAST_REGISTER_LOSS(NAME, DEVICE)                                                      \
@@ -542,15 +656,20 @@ void scale_gradient_inplace(const Tensor& gradient, const Tensor& grad_loss) {
   library.impl("scale_gradient_inplace", TORCH_BOX(&kdfast::scale_gradient_inplace<kdfast::DEVICE>));
 
 STABLE_TORCH_LIBRARY(kdfast, library) {
-  KDFAST_SCHEMAS("kl_div_tau", "float tau, float teacher_tau, bool scale_by_tau_squared")
-  KDFAST_SCHEMAS("logit_mse", "bool center, bool tau_limit")
+  KDFAST_SCHEMAS("kl_div_tau", "float tau, float teacher_tau, bool scale_by_tau_squared", "Tensor")
+  KDFAST_SCHEMAS("logit_mse", "bool center, bool tau_limit", "Tensor")
+  KDFAST_SCHEMAS("logit_huber", "float delta, bool smooth_l1, bool center", "Tensor")
+  KDFAST_SCHEMAS("kd_loss", "Tensor target, float tau, float alpha, int soft, int ignore_index, float label_smoothing",
+                 "Tensor, Tensor, Tensor")
   library.def("scale_gradient(Tensor gradient, Tensor grad_loss) -> Tensor");
   library.def("scale_gradient_inplace(Tensor(a!) gradient, Tensor grad_loss) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, library){KDFAST_REGISTER(OnCpu)}
-#ifdef KDFAST_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, library) {
-  KDFAST_REGISTER(OnCuda)
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, library) {
+  KDFAST_REGISTER(OnCpu)
+  KDFAST_REGISTER_LOSS(logit_huber, OnCpu)
+  KDFAST_REGISTER_LOSS(kd_loss, OnCpu);
 }
+#ifdef KDFAST_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, library) { KDFAST_REGISTER(OnCuda) }
 #endif

@@ -5,7 +5,18 @@
 """
 
 from kdfast._load import __version__
-from kdfast.functional import kl_div_tau, logit_mse
-from kdfast.modules import KLDivTau, LogitMSE
+from kdfast.functional import KDParts, kd_loss, kl_div_tau, logit_huber, logit_mse
+from kdfast.modules import KDLoss, KLDivTau, LogitHuber, LogitMSE
 
-__all__ = ["KLDivTau", "LogitMSE", "__version__", "kl_div_tau", "logit_mse"]
+__all__ = [
+    "KDLoss",
+    "KDParts",
+    "KLDivTau",
+    "LogitHuber",
+    "LogitMSE",
+    "__version__",
+    "kd_loss",
+    "kl_div_tau",
+    "logit_huber",
+    "logit_mse",
+]

@@ -29,24 +29,40 @@ class Loss(NamedTuple):
     scale_gradient: Any
     scale_gradient_inplace: Any
     row_stats: Callable[..., int]
-    reference: Callable[..., Tensor]
+    reference: Callable[..., Any]
+    values: int  # what forward returns beside the numbers of the rows: the loss, and parts of it that have no gradient
+    name: str
+    has_cuda_kernels: bool  # C++, in this build
 
 
 KINDS = ("forward", "forward_grad", "backward", "backward_inplace")
 SCALING = ("scale_gradient", "scale_gradient_inplace")
 
 
-def _loss(namespace: str, name: str, row_stats: Callable[..., int], definition: Callable[..., Tensor]) -> Loss:
+def _loss(namespace: str, name: str, row_stats: Callable[..., int], definition: Callable[..., Any], values: int = 1) -> Loss:
     ops = getattr(torch.ops, namespace)
-    names = (*(f"{name}_{kind}" for kind in KINDS), *SCALING)
-    return Loss._make([*(getattr(ops, each).default for each in names), row_stats, definition])
+    operators = [getattr(ops, each).default for each in (*(f"{name}_{kind}" for kind in KINDS), *SCALING)]
+    has_cuda_kernels = HAS_CUDA_KERNELS and torch._C._dispatch_has_kernel_for_dispatch_key(operators[0].name(), "CUDA")
+    return Loss._make([*operators, row_stats, definition, values, name, has_cuda_kernels])
 
 
-def _losses(namespace: str) -> tuple[Loss, ...]:
-    return (
-        _loss(namespace, "kl_div_tau", lambda tau, teacher_tau, scale_by_tau_squared: 9, reference.kl_div_tau),
-        _loss(namespace, "logit_mse", lambda center, tau_limit: 4 if center else 0, reference.logit_mse),
-    )
+def _kl_div_tau(namespace: str) -> Loss:
+    return _loss(namespace, "kl_div_tau", lambda tau, teacher_tau, scale_by_tau_squared: 9, reference.kl_div_tau)
+
+
+def _logit_mse(namespace: str) -> Loss:
+    return _loss(namespace, "logit_mse", lambda center, tau_limit: 4 if center else 0, reference.logit_mse)
+
+
+def _logit_huber(namespace: str) -> Loss:
+    return _loss(namespace, "logit_huber", lambda delta, smooth_l1, center: 5 if center else 0, reference.logit_huber)
+
+
+def _kd_loss(namespace: str) -> Loss:
+    def row_stats(target: Tensor, tau: float, alpha: float, soft: int, ignore_index: int, label_smoothing: float) -> int:
+        return 3 + (9 if soft == 0 else 4)
+
+    return _loss(namespace, "kd_loss", row_stats, reference.kd_loss, values=3)
 
 
 def _triton_operator(name: str) -> Callable[..., Any]:
@@ -75,14 +91,16 @@ def _define_triton(losses: tuple[Loss, ...]) -> list[torch.library.Library]:
     return [twins, stand_ins]  # an implementation lives as long as its library
 
 
-KL_DIV_TAU, LOGIT_MSE = _losses("kdfast")
+KL_DIV_TAU, LOGIT_MSE = _kl_div_tau("kdfast"), _logit_mse("kdfast")
+LOGIT_HUBER, KD_LOSS = _logit_huber("kdfast"), _kd_loss("kdfast")
 _libraries = _define_triton((KL_DIV_TAU, LOGIT_MSE))
-LOSSES = (KL_DIV_TAU, LOGIT_MSE, *_losses("kdfast_triton"))
+_TRITON = {loss.name: loss for loss in (make("kdfast_triton") for make in (_kl_div_tau, _logit_mse))}
+LOSSES = (KL_DIV_TAU, LOGIT_MSE, LOGIT_HUBER, KD_LOSS, *_TRITON.values())
 
 
-def on_triton(loss: Loss) -> Loss:
-    """The same loss by Triton's kernels."""
-    return LOSSES[LOSSES.index(loss) + 2]
+def on_triton(loss: Loss) -> Loss | None:
+    """The same loss by Triton's kernels; None where there are none."""
+    return _TRITON.get(loss.name)
 
 
 def transformed() -> bool:
@@ -90,19 +108,32 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def apply(loss: Loss, student: Tensor, teacher: Tensor, options: Options, parameters: Parameters, inplace: bool) -> Tensor:
-    """Runs a loss's kernels, under autograd where a gradient is required."""
+def apply(
+    loss: Loss,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    options: Options,
+    parameters: Parameters,
+    inplace: bool,
+) -> tuple[Tensor, ...]:
+    """Runs a loss's kernels, under autograd where a gradient is required: (loss, parts...)."""
     if not (torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)):
-        value: Tensor = loss.forward(student, teacher, *options, *parameters)[0]
-        return value
+        values: tuple[Tensor, ...] = loss.forward(student, teacher, *options, *given(target), *parameters)[:-1]
+        return values
     # The student's gradient alone, of a scalar, is written during the forward. Not in float16, where a gradient that GradScaler has
     # not scaled yet underflows.
     in_forward = not (teacher.requires_grad or options[3] == 0 or student.dtype == torch.float16 or inplace)
     row_weight, denominator, *numbers = options
-    result: Tensor = _Function.apply(
-        student, teacher, row_weight, denominator, LOSSES.index(loss), tuple(numbers), parameters, in_forward, inplace
+    result: tuple[Tensor, ...] = _Function.apply(
+        student, teacher, row_weight, denominator, target, LOSSES.index(loss), tuple(numbers), parameters, in_forward, inplace
     )
     return result
+
+
+def given(target: Tensor | None) -> tuple[Tensor, ...]:
+    """The target as an argument, of a loss that takes one."""
+    return () if target is None else (target,)
 
 
 class _Function(torch.autograd.Function):
@@ -115,26 +146,32 @@ class _Function(torch.autograd.Function):
         teacher: Tensor,
         row_weight: Tensor | None,
         denominator: Tensor | None,
+        target: Tensor | None,
         index: int,
         numbers: tuple[float | None, int, int],
         parameters: Parameters,
         in_forward: bool,
         inplace: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         loss = LOSSES[index]
         kernel = loss.forward_grad if in_forward else loss.forward
-        value: Tensor
-        value, kept = kernel(student, teacher, row_weight, denominator, *numbers, *parameters)
-        ctx.save_for_backward(student, teacher, row_weight, denominator, kept)
+        *values, kept = kernel(student, teacher, row_weight, denominator, *numbers, *given(target), *parameters)
+        ctx.save_for_backward(student, teacher, row_weight, denominator, target, kept)
         ctx.call = (loss, numbers, parameters, in_forward, inplace)
-        return value
+        if loss.values > 1:
+            ctx.mark_non_differentiable(*values[1:])
+            ctx.set_materialize_grads(False)
+        return tuple(values)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, row_weight, denominator, kept = ctx.saved_tensors
+    def backward(ctx: Any, grad_loss: Tensor | None, *of_parts: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:  # not materialized, beside parts
+            return (None,) * 10
+        student, teacher, row_weight, denominator, target, kept = ctx.saved_tensors
         loss, numbers, parameters, in_forward, inplace = ctx.call
         for_student, for_teacher = ctx.needs_input_grad[:2]
         options = (row_weight, denominator, *numbers)
+        parameters = (*given(target), *parameters)
         grad_student = grad_teacher = None
         if torch.is_grad_enabled():  # create_graph: the gradient must be differentiable itself
             grad_student, grad_teacher = _reference_gradients(
@@ -155,7 +192,7 @@ class _Function(torch.autograd.Function):
         return (
             grad_student if for_student else None,
             grad_teacher if for_teacher else None,
-            *(None,) * 7,
+            *(None,) * 8,
         )
 
 
@@ -179,12 +216,13 @@ def _reference_gradients(
     student: Tensor,
     teacher: Tensor,
     options: Options,
-    parameters: Parameters,
+    parameters: tuple[Any, ...],
     for_student: bool,
     for_teacher: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     wanted = [logits for logits, needed in ((student, for_student), (teacher, for_teacher)) if needed]
     value = loss.reference(student, teacher, *options, *parameters)
+    value = value[0] if loss.values > 1 else value
     gradients = list(torch.autograd.grad(value, wanted, grad_loss, create_graph=True))
     grad_student = gradients.pop(0) if for_student else None
     return grad_student, gradients.pop(0) if for_teacher else None
@@ -211,11 +249,11 @@ def _register_fakes(loss: Loss) -> None:
         reduction: int,
         num_classes: int,
         *rest: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         dtype = accumulate(student, teacher)
         rows = student.shape[:-1].numel()
         return (
-            student.new_empty(loss_shape(student, reduction), dtype=dtype),
+            *(student.new_empty(loss_shape(student, reduction), dtype=dtype) for _ in range(loss.values)),
             student.new_empty((rows, loss.row_stats(*rest)), dtype=dtype),
         )
 
@@ -228,9 +266,9 @@ def _register_fakes(loss: Loss) -> None:
         reduction: int,
         num_classes: int,
         *rest: Any,
-    ) -> tuple[Tensor, Tensor]:
-        value = student.new_empty((), dtype=accumulate(student, teacher))
-        return value, gradient(student, True)
+    ) -> tuple[Tensor, ...]:
+        dtype = accumulate(student, teacher)
+        return (*(student.new_empty((), dtype=dtype) for _ in range(loss.values)), gradient(student, True))
 
     def backward(grad_loss: Tensor, student: Tensor, teacher: Tensor, row_stats: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         for_student, for_teacher = rest[-2:]

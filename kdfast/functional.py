@@ -3,22 +3,28 @@
 import math
 import numbers
 import os
+import re
 import warnings
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdfast import _ops
-from kdfast._load import HAS_CUDA_KERNELS, HAS_TRITON
+from kdfast._load import HAS_TRITON
 
 Number = float | int
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}  # as csrc/kernels.h numbers them
+SOFT = ("kl", "mse")
+HUBER_KINDS = ("pseudo", "smooth_l1")
 BACKENDS = ("auto", "cpp", "triton", "reference")
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DENOMINATOR_DTYPES = (*LOGIT_DTYPES, torch.int64, torch.int32)
 
 SMALLEST_TAU = 1e-15
+SMALLEST_DELTA, LARGEST_DELTA = 1e-15, 1e15
 # From here on a float32 computation takes the limit itself: the loss differs from it by less than |s - t| / tau, and tau**2 nears
 # the end of the exponent range.
 LIMIT_TAU = 1e10
@@ -74,7 +80,7 @@ def kl_div_tau(
     _check_logits(student_logits, teacher_logits)
     tau = _temperature("tau", tau)
     teacher_tau = tau if teacher_tau is None else _temperature("teacher_tau", teacher_tau)
-    if math.isinf(tau) or math.isinf(teacher_tau):
+    if math.inf in (tau, teacher_tau):
         if teacher_tau != tau:
             raise ValueError(
                 f"teacher_tau must equal tau where either is infinite; got tau={tau} and teacher_tau={teacher_tau}"
@@ -83,10 +89,8 @@ def kl_div_tau(
             raise ValueError("scale_by_tau_squared must be true at tau=inf: without the factor the limit is identically 0")
     loss = _ops.KL_DIV_TAU
     parameters: _ops.Parameters = (tau, teacher_tau, bool(scale_by_tau_squared))
-    if tau >= LIMIT_TAU and teacher_tau == tau and scale_by_tau_squared:
-        wide = torch.float64 in (student_logits.dtype, teacher_logits.dtype)
-        if math.isinf(tau) or not wide:
-            loss, parameters = _ops.LOGIT_MSE, (True, True)
+    if teacher_tau == tau and scale_by_tau_squared and _at_the_limit(tau, student_logits, teacher_logits):
+        loss, parameters = _ops.LOGIT_MSE, (True, True)
     return _call(
         loss,
         parameters,
@@ -98,7 +102,7 @@ def kl_div_tau(
         num_classes,
         inplace_backward,
         backend,
-    )
+    )[0]
 
 
 def logit_mse(
@@ -137,19 +141,162 @@ def logit_mse(
         num_classes,
         inplace_backward,
         backend,
+    )[0]
+
+
+def logit_huber(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    delta: Number = 1.0,
+    *,
+    kind: str = "pseudo",
+    center: bool = False,
+    reduction: str = "mean",
+    row_weight: Tensor | None = None,
+    denominator: Number | Tensor | None = None,
+    num_classes: int | None = None,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Robust difference of the logits: squared where student and teacher are near, linear where they are far apart.
+
+    For each row: the sum over classes of a function of ``d = student - teacher``. Arguments, result and errors are those of
+    :func:`logit_mse`, but for:
+
+    Args:
+        delta: where the square ends and the line begins, a number from 1e-15 to 1e15.
+        kind: "pseudo": the pseudo-Huber loss ``delta**2 * (sqrt(1 + (d / delta)**2) - 1)``, smooth in every derivative; near 0 it is
+            ``d**2 / 2``, far out ``delta * |d|``. "smooth_l1": as ``torch.nn.functional.smooth_l1_loss(beta=delta)``,
+            ``d**2 / (2 * delta)`` where ``|d| < delta``, else ``|d| - delta / 2``. (``huber_loss`` is delta times that.)
+        center: remove each row's mean difference first: the mean, not a robust location.
+        reduction: as for logit_mse; "mean", the default, divides by rows * K.
+    """
+    _check_logits(student_logits, teacher_logits)
+    delta = _number(
+        "delta",
+        delta,
+        f"a number from {SMALLEST_DELTA} to {LARGEST_DELTA:g}",
+        lambda x: SMALLEST_DELTA <= x <= LARGEST_DELTA,
     )
+    if kind not in HUBER_KINDS:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, HUBER_KINDS))}; got {kind!r}")
+    return _call(
+        _ops.LOGIT_HUBER,
+        (delta, kind == "smooth_l1", bool(center)),
+        student_logits,
+        teacher_logits,
+        reduction,
+        row_weight,
+        denominator,
+        num_classes,
+        inplace_backward,
+        backend,
+    )[0]
+
+
+class KDParts(NamedTuple):
+    """What :func:`kd_loss` returns with ``return_parts=True``."""
+
+    loss: Tensor
+    hard: Tensor
+    soft: Tensor
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    tau: Number = 4.0,
+    alpha: Number = 0.9,
+    soft: str = "kl",
+    ignore_index: int = -100,
+    label_smoothing: Number = 0.0,
+    reduction: str = "mean",
+    row_weight: Tensor | None = None,
+    denominator: Number | Tensor | None = None,
+    num_classes: int | None = None,
+    return_parts: bool = False,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> Tensor | KDParts:
+    r"""The whole objective of distillation: ``(1 - alpha) * cross_entropy(student, target) + alpha * soft``, in one pass.
+
+    The soft part is :func:`kl_div_tau` at temperature tau, with its factor ``tau**2``, or :func:`logit_mse`; the hard part is
+    ``torch.nn.functional.cross_entropy`` at temperature 1. Logits, result and errors are those of kl_div_tau (float64 on one side
+    alone is made so on the other, by a copy), but for:
+
+    Args:
+        target: (...), int64 or int32: each row's class. One that is no class is a ValueError on the CPU; elsewhere, and in
+            transforms of torch.func, its row becomes NaN. Not looked at in rows of weight 0.
+        tau: the soft part's temperature, student's and teacher's; math.inf is the limit. Without effect on soft="mse".
+        alpha: weight of the soft part, a number from 0 to 1. At 0 and at 1 the other part does not enter loss or gradient,
+            whatever it holds: a teacher of NaN changes nothing at alpha = 0.
+        soft: "kl" or "mse".
+        ignore_index: a row with this target has no hard part. (To remove the row from both parts, give it the weight 0.)
+        label_smoothing: from 0 to 1, as torch.nn.CrossEntropyLoss defines it, over the num_classes used.
+        reduction: of each part by itself, before they are mixed. "mean": the hard part's over the rows that are not ignored, the
+            soft part's over all rows (soft="mse": over rows * K); both weighted by row_weight where given. If no row is left, the
+            part is 0. "sum", "batchmean" and "none" as for kl_div_tau; ignored rows count as 0.
+        denominator: replaces the divisors of both parts by the same number.
+        return_parts: return a named tuple (loss, hard, soft). The parts are computed in any case, carry no gradient, and stay on
+            the device until they are read.
+    """
+    _check_logits(student_logits, teacher_logits)
+    target = _check_target(target, student_logits)
+    tau = _temperature("tau", tau)
+    alpha = _number("alpha", alpha, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+    label_smoothing = _number("label_smoothing", label_smoothing, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
+    if soft not in SOFT:
+        raise ValueError(f"soft must be one of {', '.join(map(repr, SOFT))}; got {soft!r}")
+    if (student_logits.dtype == torch.float64) != (teacher_logits.dtype == torch.float64):
+        if inplace_backward and student_logits.dtype != torch.float64:
+            raise ValueError(
+                f"inplace_backward takes no student_logits of {student_logits.dtype} beside teacher_logits of float64, "
+                "since the other side is made float64 first"
+            )
+        student_logits, teacher_logits = student_logits.double(), teacher_logits.double()
+    kind = SOFT.index(soft)
+    if kind == 0 and _at_the_limit(tau, student_logits, teacher_logits):
+        kind = 2
+    values = _call(
+        _ops.KD_LOSS,
+        (tau if kind == 0 else 1.0, alpha, kind, ignore_index, label_smoothing),
+        student_logits,
+        teacher_logits,
+        reduction,
+        row_weight,
+        denominator,
+        num_classes,
+        inplace_backward,
+        backend,
+        target,
+    )
+    return KDParts(*values) if return_parts else values[0]
+
+
+def _at_the_limit(tau: float, student: Tensor, teacher: Tensor) -> bool:
+    """Whether a loss at this temperature is computed as its limit."""
+    return tau == math.inf or (tau >= LIMIT_TAU and torch.float64 not in (student.dtype, teacher.dtype))
 
 
 def _temperature(name: str, value: object) -> float:
+    return _number(name, value, f"a number >= {SMALLEST_TAU} or math.inf", lambda x: x >= SMALLEST_TAU)
+
+
+def _number(name: str, value: object, taken: str, fits: Callable[[float], bool]) -> float:
+    """The value of a parameter that no gradient reaches; `taken` says what it may be."""
     if isinstance(value, Tensor):
         if value.requires_grad:
             raise ValueError(f"{name} gets no gradient; got a tensor that requires grad. Pass a number, or {name}.item()")
         raise TypeError(f"{name} must be a number, not a tensor (reading it would wait for the device); pass {name}.item()")
     if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
-        raise TypeError(f"{name} must be a number >= {SMALLEST_TAU} or math.inf; got {type(value).__name__}")
+        raise TypeError(f"{name} must be {taken}; got {type(value).__name__}")
     number = float(value)
-    if not number >= SMALLEST_TAU:
-        raise ValueError(f"{name} must be a number >= {SMALLEST_TAU} or math.inf; got {value}")
+    if not fits(number):
+        raise ValueError(f"{name} must be {taken}; got {value}")
     return number
 
 
@@ -164,8 +311,9 @@ def _call(
     num_classes: int | None,
     inplace: bool,
     backend: str,
-) -> Tensor:
-    """Checks the options that the losses have in common, and runs one of them."""
+    target: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Checks the options that the losses have in common, and runs one of them: (loss, parts...)."""
     code = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
     if code is None:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}")
@@ -175,7 +323,7 @@ def _call(
     if denominator is not None:
         divisor, denominator = _check_denominator(denominator, student, reduction)
     num_classes = _check_num_classes(num_classes, student, teacher)
-    backend = _resolve_backend(backend, student)
+    backend = _resolve_backend(backend, student, loss)
     if inplace:
         _check_inplace(student, backend)
     elif student.stride(-1) != 1:
@@ -184,10 +332,37 @@ def _call(
         teacher = teacher.contiguous()
     options = (row_weight, denominator, divisor, code, num_classes)
     if backend == "reference" or _ops.transformed():
-        return loss.reference(student, teacher, *options, *parameters)
+        if target is not None:
+            _check_classes(target, student, options, parameters)
+        values = loss.reference(student, teacher, *options, *_ops.given(target), *parameters)
+        return values if loss.values > 1 else (values,)
     if backend == "triton":
-        loss = _ops.on_triton(loss)
-    return _ops.apply(loss, student, teacher, options, parameters, inplace)
+        loss = _ops.on_triton(loss) or loss
+    if target is None or torch.compiler.is_compiling():
+        return _ops.apply(loss, student, teacher, target, options, parameters, inplace)
+    try:
+        return _ops.apply(loss, student, teacher, target, options, parameters, inplace)
+    except RuntimeError as error:
+        wrong = re.search(r"kdfast: (target must .*)", str(error))
+        if wrong is None:
+            raise
+        raise ValueError(wrong[1]) from None
+
+
+def _check_classes(target: Tensor, student: Tensor, options: _ops.Options, parameters: _ops.Parameters) -> None:
+    """What the kernel does: on the CPU, where looking costs no wait, a target of a row that counts must be a class."""
+    if student.device.type != "cpu" or _ops.transformed() or torch.compiler.is_compiling():
+        return
+    row_weight, num_classes, ignore_index = options[0], options[4], parameters[3]
+    classes = num_classes if num_classes >= 0 else student.shape[-1]
+    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if row_weight is not None:
+        wrong &= row_weight != 0
+    if wrong.any():
+        row = int(wrong.flatten().nonzero()[0])
+        raise ValueError(
+            f"target must be from 0 to {classes - 1} or ignore_index = {ignore_index}; got {target.flatten()[row]} in row {row}"
+        )
 
 
 def _describe(tensor: Tensor) -> str:
@@ -216,6 +391,20 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
             "student_logits and teacher_logits must be on one device; "
             f"got student_logits on {student.device} and teacher_logits on {teacher.device}"
         )
+
+
+def _check_target(target: Tensor, student: Tensor) -> Tensor:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a torch.Tensor; got {type(target).__name__}")
+    if target.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"target must be int64 or int32, one class a row; got {target.dtype}")
+    if target.shape != student.shape[:-1]:
+        raise ValueError(
+            f"target must have the logits' leading dimensions {tuple(student.shape[:-1])}; got shape {tuple(target.shape)}"
+        )
+    if target.device != student.device:
+        raise ValueError(f"target must be on the logits' device {student.device}; got {target.device}")
+    return target.contiguous()
 
 
 def _check_num_classes(num_classes: int | None, student: Tensor, teacher: Tensor) -> int:
@@ -308,29 +497,30 @@ def _default_backend() -> str:
 DEFAULT_BACKEND = _default_backend()
 
 
-def _resolve_backend(backend: str, student: Tensor) -> str:
-    """The backend to run, one that is there: "cpp", "triton" or "reference"."""
+def _resolve_backend(backend: str, student: Tensor, loss: _ops.Loss) -> str:
+    """The backend to run, one that has the loss on the student's device: "cpp", "triton" or "reference"."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
     if backend == "auto":
         backend = DEFAULT_BACKEND
     device = student.device.type
-    has_kernel = device in ("cpu", "meta") or (device == "cuda" and HAS_CUDA_KERNELS)
+    has_kernel = device in ("cpu", "meta") or (device == "cuda" and loss.has_cuda_kernels)
     if backend == "auto":
         if has_kernel:
             return "cpp"
-        if device == "cuda" and _missing_for_triton(student.device) is None:
+        if device == "cuda" and _missing_for_triton(student.device, loss) is None:
             return "triton"
-        _warn_of_reference(device)
+        _warn_of_reference(device, loss)
         return "reference"
     if backend == "triton":
-        missing = _missing_for_triton(student.device)
+        missing = _missing_for_triton(student.device, loss)
         if missing is not None:
             raise ValueError(f"backend 'triton' cannot run here: {missing}; or pass backend='cpp' or 'reference'")
     if backend == "cpp" and not has_kernel:
         raise ValueError(
-            f"backend 'cpp' has no kernels for logits on {student.device} in this build (python -m kdfast.info shows what it has); "
-            "for CUDA, rebuild where nvcc is found (KDFAST_CUDA=1 makes its absence an error), or pass backend='triton' or 'reference'"
+            f"backend 'cpp' has no kernels of {loss.name} for logits on {student.device} in this build "
+            "(python -m kdfast.info shows what it has); for CUDA, rebuild where nvcc is found (KDFAST_CUDA=1 makes its absence an "
+            "error), or pass backend='triton' or 'reference'"
         )
     return backend
 
@@ -339,8 +529,10 @@ OLDEST_FOR_TRITON = (8, 0)  # compute capability
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _missing_for_triton(device: torch.device) -> str | None:
-    """What backend "triton" lacks for logits on a device; None where it runs."""
+def _missing_for_triton(device: torch.device, loss: _ops.Loss) -> str | None:
+    """What backend "triton" lacks for a loss of logits on a device; None where it runs."""
+    if _ops.on_triton(loss) is None:
+        return f"it has no kernels of {loss.name} yet"
     if not HAS_TRITON:
         return "the package triton is not installed (pip install triton)"
     if device.type == "cuda":
@@ -354,14 +546,14 @@ def _missing_for_triton(device: torch.device) -> str | None:
     return f"the logits are on {device} and it takes a GPU (for tests, TRITON_INTERPRET=1 in the environment runs it on the CPU, slowly)"
 
 
-_warned_devices: set[str] = set()
+_warned: set[tuple[str, str]] = set()
 
 
-def _warn_of_reference(device: str) -> None:
-    if device not in _warned_devices and not torch.compiler.is_compiling():
-        _warned_devices.add(device)
+def _warn_of_reference(device: str, loss: _ops.Loss) -> None:
+    if (device, loss.name) not in _warned and not torch.compiler.is_compiling():
+        _warned.add((device, loss.name))
         warnings.warn(
-            f"kdfast has no kernels for {device!r} in this build; the losses run as plain torch there. "
+            f"kdfast has no kernels of {loss.name} for {device!r} in this build; it runs as plain torch there. "
             "backend='reference' says that this is meant",
             stacklevel=5,
         )

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from kdfast import functional
-from kdfast.functional import Number
+from kdfast.functional import KDParts, Number
 
 
 class _LogitLoss(nn.Module):
@@ -94,6 +94,101 @@ class LogitMSE(_LogitLoss):
             row_weight=row_weight,
             denominator=denominator,
             num_classes=self.num_classes,
+            inplace_backward=self.inplace_backward,
+            backend=self.backend,
+        )
+
+
+class LogitHuber(_LogitLoss):
+    """:func:`kdfast.logit_huber` as a module: ``LogitHuber(delta=0.5)(student_logits, teacher_logits)``."""
+
+    def __init__(
+        self,
+        delta: Number = 1.0,
+        *,
+        kind: str = "pseudo",
+        center: bool = False,
+        reduction: str = "mean",
+        num_classes: int | None = None,
+        inplace_backward: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(reduction, num_classes, inplace_backward, backend)
+        self.delta = delta
+        self.kind = kind
+        self.center = center
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        row_weight: Tensor | None = None,
+        denominator: Number | Tensor | None = None,
+    ) -> Tensor:
+        return functional.logit_huber(
+            student_logits,
+            teacher_logits,
+            self.delta,
+            kind=self.kind,
+            center=self.center,
+            reduction=self.reduction,
+            row_weight=row_weight,
+            denominator=denominator,
+            num_classes=self.num_classes,
+            inplace_backward=self.inplace_backward,
+            backend=self.backend,
+        )
+
+
+class KDLoss(_LogitLoss):
+    """:func:`kdfast.kd_loss` as a module: ``KDLoss(tau=4.0, alpha=0.9)(student_logits, teacher_logits, target)``."""
+
+    def __init__(
+        self,
+        *,
+        tau: Number = 4.0,
+        alpha: Number = 0.9,
+        soft: str = "kl",
+        ignore_index: int = -100,
+        label_smoothing: Number = 0.0,
+        reduction: str = "mean",
+        num_classes: int | None = None,
+        return_parts: bool = False,
+        inplace_backward: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(reduction, num_classes, inplace_backward, backend)
+        self.tau = tau
+        self.alpha = alpha
+        self.soft = soft
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.return_parts = return_parts
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor,
+        *,
+        row_weight: Tensor | None = None,
+        denominator: Number | Tensor | None = None,
+    ) -> Tensor | KDParts:
+        return functional.kd_loss(
+            student_logits,
+            teacher_logits,
+            target,
+            tau=self.tau,
+            alpha=self.alpha,
+            soft=self.soft,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
+            row_weight=row_weight,
+            denominator=denominator,
+            num_classes=self.num_classes,
+            return_parts=self.return_parts,
             inplace_backward=self.inplace_backward,
             backend=self.backend,
         )

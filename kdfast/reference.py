@@ -47,6 +47,99 @@ def logit_mse(
 ) -> Tensor:
     """Sum of squared differences of each row (minus their mean: center), reduced. tau_limit: 0.5 / K times that."""
     s, t = _prepare(student, teacher, row_weight, num_classes)
+    d, counted = _differences(s, t, center)
+    loss = (d * d).sum(-1)
+    if tau_limit:
+        loss = loss * 0.5 / counted
+    per_row = 1 if tau_limit else s.shape[-1]
+    return _reduce(loss, row_weight, denominator, divisor, reduction, per_row).to(_loss_dtype(student, teacher))
+
+
+def logit_huber(
+    student: Tensor,
+    teacher: Tensor,
+    row_weight: Tensor | None,
+    denominator: Tensor | None,
+    divisor: float | None,
+    reduction: int,
+    num_classes: int,
+    delta: float,
+    smooth_l1: bool,
+    center: bool,
+) -> Tensor:
+    """Sum of the pseudo-Huber or smooth L1 losses of each row's differences (minus their mean: center), reduced."""
+    s, t = _prepare(student, teacher, row_weight, num_classes)
+    d, _ = _differences(s, t, center)
+    if smooth_l1:
+        near = d.clamp(-delta, delta)
+        loss = near / delta * (d - near / 2)
+    else:  # delta**2 (sqrt(1 + (d/delta)**2) - 1) without its cancellation
+        infinite = d.isinf()
+        finite = torch.where(infinite, 0, d)
+        root = torch.hypot(finite, finite.new_full((), delta))
+        loss = delta * torch.where(infinite, d.abs(), finite * (finite / (delta + root)))
+    value = _reduce(loss.sum(-1), row_weight, denominator, divisor, reduction, s.shape[-1])
+    return value.to(_loss_dtype(student, teacher))
+
+
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    row_weight: Tensor | None,
+    denominator: Tensor | None,
+    divisor: float | None,
+    reduction: int,
+    num_classes: int,
+    target: Tensor,
+    tau: float,
+    alpha: float,
+    soft: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(1 - alpha) * hard + alpha * soft, hard and soft, reduced. soft: 0 is kl_div_tau, 1 logit_mse, 2 its tau_limit."""
+    s, t = _prepare(student, teacher, row_weight, num_classes)
+    if soft == 0:
+        rows = _kl(s, t, tau, tau) * tau**2
+    else:
+        d, classes = _differences(s, t, center=soft == 2)
+        rows = (d * d).sum(-1) * (0.5 / classes if soft == 2 else 1)
+    soft_value = _reduce(rows, row_weight, denominator, divisor, reduction, s.shape[-1] if soft == 1 else 1)
+    counted = target != ignore_index
+    weight = counted if row_weight is None else torch.where(counted, row_weight, 0)
+    hard = _cross_entropy(s, target, weight != 0, label_smoothing)
+    hard_value = _reduce(hard, weight, denominator, divisor, reduction, 1)
+    if alpha == 0:  # whatever the soft part holds; the teacher's gradient is 0
+        value = hard_value + _reduce(
+            torch.where(torch.zeros_like(t, dtype=torch.bool), t, 0).sum(-1), None, None, 1.0, reduction, 1
+        )
+    else:
+        value = soft_value if alpha == 1 else (1 - alpha) * hard_value + alpha * soft_value
+    dtype = _loss_dtype(student, teacher)
+    return value.to(dtype), hard_value.detach().to(dtype), soft_value.detach().to(dtype)
+
+
+def _cross_entropy(s: Tensor, target: Tensor, counted: Tensor, smoothing: float) -> Tensor:
+    """Of each row at temperature 1, as torch.nn.CrossEntropyLoss defines it; 0 in rows not counted, NaN where there is no such class."""
+    s = torch.where(counted.unsqueeze(-1), s, 0)
+    exists = (target >= 0) & (target < s.shape[-1])
+    index = torch.where(exists & counted, target, 0).long().unsqueeze(-1)
+    s_target, log_z = s.gather(-1, index).squeeze(-1), s.logsumexp(-1)
+    masked = s_target == -math.inf
+    # The logits less the target's first: where that is the largest, the sum of the others' exponentials may be far below 1.
+    d = s - torch.where(masked, 0, s_target).unsqueeze(-1)
+    top = d.detach().amax(-1)
+    at_target = torch.arange(s.shape[-1], device=s.device) == index
+    others = torch.where(at_target, 0, (d - top.unsqueeze(-1)).exp()).sum(-1)
+    likelihood = torch.where(top == 0, torch.log1p(others), (others + (-top).exp()).log() + top)
+    loss = torch.where(masked, log_z - s_target, likelihood)
+    if smoothing != 0:
+        loss = (1 - smoothing) * loss + smoothing * (log_z.unsqueeze(-1) - s).mean(-1)
+    return torch.where(counted, loss * torch.where(exists, 1.0, math.nan), 0)
+
+
+def _differences(s: Tensor, t: Tensor, center: bool) -> tuple[Tensor, Tensor]:
+    """Each row's differences, minus their mean: center; and how many there are. A class at -inf on both sides has none: 0."""
     out = (s == -math.inf) & (t == -math.inf)
     d = torch.where(out, 0, s) - torch.where(out, 0, t)
     counted = (~out).sum(-1).to(d.dtype)
@@ -55,11 +148,7 @@ def logit_mse(
         # Infinite differences: the loss is infinite around any mean, and NaN only where a logit is NaN.
         mean = torch.where(d.isinf().any(-1) & ~d.isnan().any(-1), 0, mean)
         d = torch.where(out, 0, d - mean.unsqueeze(-1))
-    loss = (d * d).sum(-1)
-    if tau_limit:
-        loss = loss * 0.5 / counted
-    per_row = 1 if tau_limit else s.shape[-1]
-    return _reduce(loss, row_weight, denominator, divisor, reduction, per_row).to(_loss_dtype(student, teacher))
+    return d, counted
 
 
 def _prepare(student: Tensor, teacher: Tensor, row_weight: Tensor | None, num_classes: int) -> tuple[Tensor, Tensor]:

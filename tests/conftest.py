@@ -25,6 +25,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(name, pairs, ids=str)
 
 
-@pytest.fixture(params=["kl_div_tau", "logit_mse"])
+@pytest.fixture(params=["kl_div_tau", "logit_mse", "logit_huber"])
 def loss(request: pytest.FixtureRequest) -> str:
     return request.param

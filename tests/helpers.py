@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -152,11 +153,106 @@ def _mse_rows(s: np.ndarray, t: np.ndarray, center: bool) -> tuple[np.ndarray, .
     return (c * c).sum(-1), 2 * c, -2 * c, (on_s != on_t).any(-1)
 
 
+def _huber_rows(s: np.ndarray, t: np.ndarray, delta: Any, kind: str, center: bool) -> tuple[np.ndarray, ...]:
+    """Sum over the classes of the pseudo-Huber or smooth L1 loss of the difference."""
+    on_s, on_t = s > -INF, t > -INF
+    both = on_s & on_t
+    x = np.where(both, np.where(both, s, 0) - np.where(both, t, 0), 0)
+    n = np.maximum(both.sum(-1, keepdims=True), 1)
+    if center:
+        mean = x.sum(-1, keepdims=True) / n
+        mean = mean + np.where(both, x - mean, 0).sum(-1, keepdims=True) / n
+        x = np.where(both, x - mean, 0)
+    size = np.abs(x)
+    if kind == "smooth_l1":
+        rows, slope = (
+            np.where(size < delta, x * x / (2 * delta), size - delta / 2),
+            np.where(size < delta, x / delta, np.sign(x)),
+        )
+    else:  # the definition, times (root + 1) / (root + 1)
+        root = np.hypot(1, x / delta)
+        rows, slope = x * (x / (root + 1)), x / root
+    if center:
+        slope = np.where(both, slope - slope.sum(-1, keepdims=True) / n, 0)
+    return rows.sum(-1), slope, -slope, (on_s != on_t).any(-1)
+
+
+def default_target(shape: tuple[int, ...], classes: int) -> Tensor:
+    """The targets of kd_loss where a test names none: any class, and every fourth row ignored."""
+    rows = np.arange(math.prod(shape))
+    return torch.from_numpy(np.where(rows % 4 == 2, -100, (7 * rows + 1) % classes).reshape(shape))
+
+
+def _cross_entropy_rows(s: np.ndarray, y: np.ndarray, smoothing: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Cross-entropy a row with smoothed labels, and its gradient; NaN where there is no such class."""
+    k = s.shape[-1]
+    exists = (y >= 0) & (y < k)
+    at = np.where(exists, y, 0)[:, None]
+    hit = np.arange(k) == at
+    top = s.max(-1, keepdims=True)
+    e = np.exp(s - top)
+    others, e_y, s_y = np.where(hit, 0, e).sum(-1), np.take_along_axis(e, at, -1)[:, 0], np.take_along_axis(s, at, -1)[:, 0]
+    z = others + e_y
+    log_z = np.where(s_y == top[:, 0], np.log1p(others), np.log(z))
+    rows = log_z + (top[:, 0] - s_y)
+    grad = np.where(hit, -others[:, None] / z[:, None], e / z[:, None])
+    if smoothing:
+        rows = (1 - smoothing) * rows + smoothing * (log_z + (top - s).mean(-1))
+        grad = grad + np.where(hit, smoothing - smoothing / k, -smoothing / k)
+    spoilt = ~exists | np.isnan(s).any(-1) | (s == INF).any(-1) | (s == -INF).all(-1)
+    return np.where(spoilt, np.nan, rows), np.where(spoilt[:, None], np.nan, grad)
+
+
+def _kd_oracle(
+    s_all: np.ndarray, target: np.ndarray, soft: Truth, alpha: float, ignore_index: int, smoothing: float, reduction: str, k: int,
+    row_weight: Any, denominator: Any, grad_output: Any,
+) -> Truth:  # fmt: skip
+    """``soft`` mixed with the hard part, each reduced by itself."""
+    real, lead = s_all.dtype.type, s_all.shape[:-1]
+    s, y = s_all[..., :k].reshape(-1, k), target.reshape(-1)
+    n = len(s)
+    weight = np.ones(n, real) if row_weight is None else to_numpy(row_weight, real).reshape(-1)
+    counted = (weight != 0) & (y != ignore_index)
+    weight = np.where(counted, weight, 0)
+    with np.errstate(all="ignore"):
+        rows, grad = _cross_entropy_rows(s, y, real(smoothing))
+        rows, grad = np.where(counted, rows, 0) * weight, np.where(counted[:, None], grad, 0)
+        mean = weight.sum() if n == 0 or weight.sum() != 0 else real(1)
+        divisor = real({"none": 1, "sum": 1, "mean": mean, "batchmean": lead[0]}[reduction])
+        divisor = divisor if denominator is None else real(to_numpy(denominator, real))
+        value = rows.reshape(lead) if reduction == "none" else rows.sum() / divisor
+        up = (
+            np.broadcast_to(to_numpy(grad_output, real), lead).reshape(-1)
+            if reduction == "none"
+            else to_numpy(grad_output, real)
+        )
+        grad = np.where(counted[:, None], grad * np.reshape(weight * up / divisor, (-1, 1)), 0)
+        hard = np.zeros(s_all.shape, real)
+        hard[..., :k] = grad.reshape(*lead, k)
+        parts = [(a, w) for a, w in ((value, 1 - real(alpha)), (soft.loss, real(alpha))) if w]
+        loss = sum(a * w for a, w in parts)
+        student = sum(g * w for g, w in ((hard, 1 - real(alpha)), (soft.student, real(alpha))) if w)
+    silent = np.ones(s_all.shape, bool)
+    if alpha < 1:
+        hit = np.arange(k) == y[:, None]
+        silent[..., :k] = (~counted[:, None] | ((s == -INF) & ~hit & (smoothing == 0))).reshape(*lead, k)
+    return Truth(
+        loss=np.asarray(loss),
+        student=np.asarray(student),
+        teacher=soft.teacher * real(alpha) if alpha else np.zeros_like(soft.teacher),
+        size=float(sum(np.abs(a).sum() * w for a, w in parts)),
+        unspecified=soft.unspecified & (alpha > 0),
+        rows=np.asarray(rows.reshape(lead)),
+        no_student=silent & (soft.no_student | (alpha == 0)),
+        no_teacher=soft.no_teacher | (alpha == 0),
+    )
+
+
 def oracle(
     loss: str,
     student: Any,
     teacher: Any,
-    tau: float = 1.0,
+    tau: float | None = None,
     *,
     teacher_tau: float | None = None,
     scale_by_tau_squared: bool = True,
@@ -165,6 +261,13 @@ def oracle(
     denominator: Any = None,
     num_classes: int | None = None,
     center: bool = False,
+    delta: float = 1.0,
+    kind: str = "pseudo",
+    target: Tensor | None = None,
+    alpha: float = 0.9,
+    soft: str = "kl",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
     grad_output: Any = 1.0,
     precision: type | None = None,
     **_: Any,
@@ -175,9 +278,29 @@ def oracle(
     wide = F64 in (getattr(student, "dtype", None), getattr(teacher, "dtype", None))
     real = precision or (np.longdouble if wide else np.float64)
     reduction = reduction or ("batchmean" if loss == "kl_div_tau" else "mean")
+    tau = (4.0 if loss == "kd_loss" else 1.0) if tau is None else tau
     s_all, t_all = to_numpy(student, real), to_numpy(teacher, real)
     k = num_classes if num_classes is not None else s_all.shape[-1]
     lead = s_all.shape[:-1]
+    if loss == "kd_loss":
+        part = oracle(
+            {"kl": "kl_div_tau", "mse": "logit_mse"}[soft], student, teacher, tau, reduction=reduction, row_weight=row_weight,
+            denominator=denominator, num_classes=num_classes, grad_output=grad_output, precision=real,
+        )  # fmt: skip
+        y = default_target(lead, k) if target is None else target
+        return _kd_oracle(
+            s_all,
+            y.cpu().numpy(),
+            part,
+            alpha,
+            ignore_index,
+            label_smoothing,
+            reduction,
+            k,
+            row_weight,
+            denominator,
+            grad_output,
+        )
     s, t = (np.broadcast_to(a[..., :k], (*lead, k)).reshape(-1, k) for a in (s_all, t_all))
     n = s.shape[0]
     weight = np.ones(n, real) if row_weight is None else np.broadcast_to(to_numpy(row_weight, real), lead).reshape(-1)
@@ -186,6 +309,8 @@ def oracle(
     with np.errstate(all="ignore"):
         if loss == "logit_mse":
             rows, gs, gt, lost = _mse_rows(s, t, center)
+        elif loss == "logit_huber":
+            rows, gs, gt, lost = _huber_rows(s, t, real(delta), kind, center)
         elif tau == INF:
             rows, gs, gt, lost = _limit_rows(s, t)
         else:
@@ -196,14 +321,15 @@ def oracle(
     bad = np.isnan(s).any(-1) | np.isnan(t).any(-1) | (s == INF).any(-1) | (t == INF).any(-1)
     rows = np.where(lost, INF, rows)
     rows = np.where(bad, np.nan, rows)
-    # a softmax or a mean spreads NaN over the row; a plain squared difference keeps it in its element, as torch's mse_loss
-    spoilt = np.isnan(s) | np.isnan(t) if loss == "logit_mse" and not center else bad[:, None]
+    # a softmax or a mean spreads NaN over the row; a plain difference keeps it in its element, as torch's mse_loss
+    elementwise = loss in ("logit_mse", "logit_huber")
+    spoilt = np.isnan(s) | np.isnan(t) if elementwise and not center else bad[:, None]
     gs, gt = (np.where(spoilt, np.nan, g) for g in (gs, gt))
 
     terms = np.where(used, np.where(used, rows, 0) * weight, 0)
     per_row = {"none": 1, "sum": 1, "mean": weight.sum() if row_weight is not None else n, "batchmean": lead[0] if lead else 1}
     divisor = real(per_row[reduction])
-    if reduction == "mean" and loss == "logit_mse":
+    if reduction == "mean" and elementwise:
         divisor = divisor * k
     if denominator is not None:
         divisor = real(to_numpy(denominator, real))
@@ -354,7 +480,7 @@ def eager(
     loss: str,
     student: Tensor,
     teacher: Tensor,
-    tau: float = 1.0,
+    tau: float | None = None,
     *,
     teacher_tau: float | None = None,
     scale_by_tau_squared: bool = True,
@@ -363,18 +489,49 @@ def eager(
     denominator: Any = None,
     num_classes: int | None = None,
     center: bool = False,
+    delta: float = 1.0,
+    kind: str = "pseudo",
+    target: Tensor | None = None,
+    alpha: float = 0.9,
+    soft: str = "kl",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
     **_: Any,
 ) -> Tensor:
     """The lines of PyTorch that the package replaces, in the inputs' own (promoted) type.  tau = inf: by
     autograd-friendly variance."""
     reduction = reduction or ("batchmean" if loss == "kl_div_tau" else "mean")
-    kind = torch.promote_types(student.dtype, teacher.dtype)
-    s, t = student.to(kind)[..., :num_classes], teacher.to(kind)[..., :num_classes]
-    if loss == "logit_mse" or tau == INF:
+    tau = (4.0 if loss == "kd_loss" else 1.0) if tau is None else tau
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    s, t = student.to(dtype)[..., :num_classes], teacher.to(dtype)[..., :num_classes]
+    if loss == "kd_loss":
+        y = default_target(s.shape[:-1], s.size(-1)) if target is None else target
+        flat = torch.nn.functional.cross_entropy(
+            s.reshape(-1, s.size(-1)),
+            y.reshape(-1).long(),
+            reduction="none",
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+        counted = (y != ignore_index).to(dtype) * (1 if row_weight is None else row_weight.to(dtype))
+        rows = flat.reshape(y.shape) * (1 if row_weight is None else row_weight.to(dtype))
+        part = eager(
+            {"kl": "kl_div_tau", "mse": "logit_mse"}[soft], student, teacher, tau, reduction=reduction, row_weight=row_weight,
+            denominator=denominator, num_classes=num_classes,
+        )  # fmt: skip
+        divisors = {"none": 1, "sum": 1, "mean": counted.sum(), "batchmean": s.size(0)}
+        by = divisors[reduction] if denominator is None else denominator
+        return (1 - alpha) * (rows if reduction == "none" else rows.sum() / by) + alpha * part
+    if loss != "kl_div_tau" or tau == INF:
         d = s - t
         if center or loss == "kl_div_tau":
             d = d - d.mean(-1, keepdim=True)
-        rows = d.square().sum(-1) if loss == "logit_mse" else d.square().mean(-1) / 2
+        if loss == "logit_huber" and kind == "smooth_l1":
+            rows = torch.nn.functional.smooth_l1_loss(d, torch.zeros_like(d), beta=delta, reduction="none").sum(-1)
+        elif loss == "logit_huber":
+            rows = (delta**2 * ((1 + (d / delta).square()).sqrt() - 1)).sum(-1)
+        else:
+            rows = d.square().sum(-1) if loss == "logit_mse" else d.square().mean(-1) / 2
     else:
         log_q = torch.log_softmax(s / tau, -1)
         log_p = torch.log_softmax(t / (tau if teacher_tau is None else teacher_tau), -1)
@@ -390,7 +547,7 @@ def eager(
         "mean": rows.numel() if row_weight is None else row_weight.to(rows.dtype).sum(),
     }
     divisor = divisor[reduction]
-    if reduction == "mean" and loss == "logit_mse":
+    if reduction == "mean" and loss in ("logit_mse", "logit_huber"):
         divisor = divisor * s.size(-1)
     return rows.sum() / (divisor if denominator is None else denominator)
 
@@ -460,6 +617,15 @@ class Where:
     def __str__(self) -> str:
         return f"{self.device}-{self.backend}"
 
+    def has(self, loss: str) -> bool:
+        """Whether the backend has this loss on the device: a new loss may come to the GPU later than to the CPU."""
+        from kdfast import _ops
+
+        own: _ops.Loss = getattr(_ops, loss.upper())
+        if self.device == "cpu" or self.backend == "reference":
+            return True
+        return own.has_cuda_kernels if self.backend == "cpp" else _ops.on_triton(own) is not None
+
     def put(self, x: Any) -> Any:
         return x.to(self.device) if isinstance(x, Tensor) else x
 
@@ -467,6 +633,10 @@ class Where:
         """The public function on tensors that are already on the device (weights and denominators are moved)."""
         import kdfast
 
+        if not self.has(loss):
+            pytest.skip(f"{self} has no kernels of {loss}")
+        if loss == "kd_loss" and "target" not in options:
+            options["target"] = default_target(student.shape[:-1], options.get("num_classes") or student.shape[-1])
         options = {k: self.put(v) for k, v in options.items()}
         return getattr(kdfast, loss)(student, teacher, backend=self.backend, **options)
 

@@ -71,13 +71,11 @@ def weights_for_rows(rows: int) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=2)
-def truths(
-    loss: str, k: int, regime: str, pair: str, tau: float, center: bool, teacher_tau: float | None
-) -> tuple[Truth, Truth]:
+def truths(loss: str, k: int, regime: str, pair: str, **options: Any) -> tuple[Truth, Truth]:
     """(batchmean, one value a row with an incoming gradient), from one evaluation of the definition."""
     s, t = logits(regime, (SIZES[k], k), PAIRS[pair])
     up = weights_for_rows(SIZES[k])
-    per_row = oracle(loss, s, t, tau, center=center, teacher_tau=teacher_tau, reduction="none", grad_output=up)
+    per_row = oracle(loss, s, t, reduction="none", grad_output=up, **options)
     n, up_np = SIZES[k], up.numpy()[:, None]
     total = per_row.rows.sum() / n
     batch = Truth(
@@ -97,9 +95,7 @@ def verify(where: Where, loss: str, k: int, regime: str, pair: str, **options: A
     """Both ways to the gradient: written during the forward (student alone, scalar loss), and recomputed (both sides,
     one value a row)."""
     s, t = logits(regime, (SIZES[k], k), PAIRS[pair])
-    batch, per_row = truths(
-        loss, k, regime, pair, options.get("tau", 1.0), options.get("center", False), options.get("teacher_tau")
-    )
+    batch, per_row = truths(loss, k, regime, pair, **options)
     up = weights_for_rows(SIZES[k])
 
     def both(allow: tuple[float, float, float]) -> None:
@@ -137,6 +133,14 @@ def test_mse(kernel: Where, k: int, regime: str, pair: str) -> None:
     verify_all(kernel, "logit_mse", k, regime, pair, [{"center": False}, {"center": True}])
 
 
+@pytest.mark.parametrize("k, regime, pair", grid())
+def test_huber(kernel: Where, k: int, regime: str, pair: str) -> None:
+    cases = [
+        {"kind": kind, "delta": d, "center": c} for kind in ("pseudo", "smooth_l1") for d, c in ((1.0, False), (0.1, True))
+    ]
+    verify_all(kernel, "logit_huber", k, regime, pair, cases)
+
+
 @pytest.mark.parametrize("pair", ["fp32", "bf16", "fp64"])
 @pytest.mark.parametrize("k", [1, 2, 10, 1003])  # exactly zero, narrower than a vector, one vector, many with a tail
 @pytest.mark.parametrize("regime", ["typical", "peaked", "far", "offset"])
@@ -158,6 +162,7 @@ def test_reference_backend(k: int, regime: str, pair: str) -> None:
     where = Where("cpu", "reference")
     verify_all(where, "kl_div_tau", k, regime, pair, [{"tau": tau} for tau in TAUS])
     verify_all(where, "logit_mse", k, regime, pair, [{"center": False}, {"center": True}])
+    verify_all(where, "logit_huber", k, regime, pair, [{"kind": kind} for kind in ("pseudo", "smooth_l1")])
 
 
 @pytest.mark.parametrize("shift", [1.0, 37.3, 100.0, -1000.0])

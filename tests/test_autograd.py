@@ -20,6 +20,7 @@ from helpers import (
     INF,
     check_grad,
     check_loss,
+    default_target,
     eager,
     logits,
     oracle,
@@ -38,6 +39,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "kl-inf": {"loss": "kl_div_tau", "tau": INF},
     "mse": {"loss": "logit_mse"},
     "mse-center": {"loss": "logit_mse", "center": True},
+    "huber": {"loss": "logit_huber", "delta": 0.7},
+    "huber-center": {"loss": "logit_huber", "center": True},
+    "smooth-l1": {"loss": "logit_huber", "kind": "smooth_l1", "delta": 0.5},
+    "kd": {"loss": "kd_loss", "tau": 2.0, "alpha": 0.4, "label_smoothing": 0.1},
+    "kd-inf": {"loss": "kd_loss", "tau": INF, "alpha": 0.6},
+    "kd-mse": {"loss": "kd_loss", "soft": "mse", "alpha": 0.3},
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
 reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -64,9 +71,15 @@ def pair(shape: tuple[int, ...] = (3, 5), grad: bool = True, dtype: torch.dtype 
 
 def ours(variant: str, backend: str = "cpp", **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
     options = VARIANTS[variant] | options
-    return lambda s, t: getattr(kdfast, options["loss"])(
-        s, t, backend=backend, **{k: v for k, v in options.items() if k != "loss"}
-    )
+    loss = options.pop("loss")
+
+    def call(s: Tensor, t: Tensor) -> Tensor:
+        target = (
+            {"target": default_target(s.shape[:-1], options.get("num_classes") or s.shape[-1])} if loss == "kd_loss" else {}
+        )
+        return getattr(kdfast, loss)(s, t, backend=backend, **target, **options)
+
+    return call
 
 
 def theirs(variant: str, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
@@ -422,7 +435,6 @@ def test_checkpoint(variant: str, use_reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("loss", ["kl_div_tau", "logit_mse"])
 def test_autocast_takes_the_logits_as_they_are(loss: str, dtype: torch.dtype) -> None:
     """No cast, up or down, happens on the way in; the loss stays float32 and bit-equal to the call outside."""
     for kinds in ((F32, F32), (dtype, dtype), (F32, dtype)):
@@ -511,7 +523,7 @@ def registered_operators() -> list[str]:
 def samples(name: str) -> list[tuple[Any, ...]]:
     """Arguments for an operator, made from the names and types in its schema."""
     schema = getattr(torch.ops.kdfast, name.removeprefix("kdfast::").partition(".")[0]).default._schema
-    family = "kl_div_tau" if "kl_div_tau" in name else "logit_mse"
+    family = next((loss for loss in ("kl_div_tau", "logit_huber", "kd_loss") if loss in name), "logit_mse")
     made = []
     shapes = [(4, 7), (2, 3, 33)]
     for shape, dtype, reduction, weighted in itertools.product(shapes, (F32, BF16), (0, 1, 2, 3), (False, True)):
@@ -534,20 +546,27 @@ def samples(name: str) -> list[tuple[Any, ...]]:
             "scale_by_tau_squared": True,
             "center": True,
             "tau_limit": weighted,
+            "delta": 0.5,
+            "smooth_l1": weighted,
+            "target": default_target(lead, shape[-1] - 2),
+            "alpha": 0.5,
+            "soft": reduction % 3,
+            "ignore_index": -100,
+            "label_smoothing": 0.1,
             "for_student": True,
             "for_teacher": not weighted,
         }
         wanted = [a.name for a in schema.arguments]
         if "row_stats" in wanted:
             forward = getattr(torch.ops.kdfast, family + "_forward").default
-            common["row_stats"] = forward(*(common[a.name] for a in forward._schema.arguments))[1]
+            common["row_stats"] = forward(*(common[a.name] for a in forward._schema.arguments))[-1]
         made.append(tuple(common[a] for a in wanted))
     return made
 
 
 def test_operators_are_found() -> None:
     names = registered_operators()
-    assert len(names) >= 4 and any("kl_div_tau" in n for n in names) and any("logit_mse" in n for n in names), names
+    assert all(any(loss in n for n in names) for loss in ("kl_div_tau", "logit_mse", "logit_huber", "kd_loss")), names
 
 
 @pytest.mark.parametrize("name", registered_operators())
@@ -562,7 +581,7 @@ def test_operators_do_not_drop_a_gradient_in_silence() -> None:
     """A private operator called directly on tensors that require grad: torch warns (or raises) when its derivative is
     asked for."""
     s, t = pair((4, 7), dtype=F32)
-    for name in ("kl_div_tau_forward", "logit_mse_forward"):
+    for name in ("kl_div_tau_forward", "logit_mse_forward", "logit_huber_forward"):
         operator = getattr(torch.ops.kdfast, name).default
         value = operator(s, t, *samples("kdfast::" + name)[0][2:])[0]
         if value.requires_grad:
@@ -584,7 +603,7 @@ def test_kernels_serve_plain_calls() -> None:
     """The transforms' detour through reference.py must not swallow the ordinary case: the profiler sees our operators
     there."""
     s, t = pair((4, 7), dtype=F32)
-    for loss in ("kl_div_tau", "logit_mse"):
+    for loss in ("kl_div_tau", "logit_mse", "logit_huber"):
         for sides, reduction in (((s,), "mean"), ((s, t), "none")):
             with torch.profiler.profile() as profile:
                 torch.autograd.grad(getattr(kdfast, loss)(s, t, reduction=reduction).sum(), sides)

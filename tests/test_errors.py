@@ -9,6 +9,8 @@ import math
 import os
 import subprocess
 import sys
+import types
+import warnings
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,7 @@ def T() -> Tensor:  # noqa: N802
     return logits("typical", (4, 7))[1]
 
 
-def case(kind: type[Exception], words: str, student: Any = S, teacher: Any = T, **options: Any) -> Any:
+def case(kind: type[Exception], words: str, student: Any = S, teacher: Any = T, /, **options: Any) -> Any:
     """``words``: separated by blanks, all of them in the message (the argument's name, what came, what is taken)."""
     return pytest.param(kind, words, student, teacher, options, id=words.replace(" ", "-"))
 
@@ -116,6 +118,18 @@ TEMPERATURES = [
     case(ValueError, "scale_by_tau_squared tau inf", tau=INF, scale_by_tau_squared=False),
 ]
 
+HUBER = [
+    case(ValueError, "delta 0 1e-15", delta=0),
+    case(ValueError, "delta -1.0", delta=-1.0),
+    case(ValueError, "delta inf 1e+15", delta=INF),
+    case(ValueError, "delta nan", delta=NAN),
+    case(TypeError, "delta str", delta="1"),
+    case(TypeError, "delta tensor number", delta=torch.tensor(1.0)),
+    case(ValueError, "delta requires grad gradient", delta=lambda: torch.tensor(1.0, requires_grad=True)),
+    case(ValueError, "kind 'huber' 'pseudo' 'smooth_l1'", kind="huber"),
+    case(ValueError, "kind None", kind=None),
+]
+
 
 def refused(call: Any, kind: Any, words: str, student: Any, teacher: Any, options: dict[str, Any]) -> None:
     student, teacher, options = made(student), made(teacher), {k: made(v) for k, v in options.items()}
@@ -133,7 +147,7 @@ def refused(call: Any, kind: Any, words: str, student: Any, teacher: Any, option
 
 
 @pytest.mark.parametrize("kind, words, student, teacher, options", LOGITS + SHARED)
-@pytest.mark.parametrize("name", ["kl_div_tau", "logit_mse"])
+@pytest.mark.parametrize("name", ["kl_div_tau", "logit_mse", "logit_huber"])
 def test_refused(name: str, kind: Any, words: str, student: Any, teacher: Any, options: dict[str, Any]) -> None:
     refused(getattr(kdfast, name), kind, words, student, teacher, options)
 
@@ -149,16 +163,21 @@ def test_refused_temperatures(kind: Any, words: str, student: Any, teacher: Any,
     refused(kdfast.kl_div_tau, kind, words, student, teacher, options)
 
 
+@pytest.mark.parametrize("kind, words, student, teacher, options", HUBER)
+def test_refused_huber(kind: Any, words: str, student: Any, teacher: Any, options: dict[str, Any]) -> None:
+    refused(kdfast.logit_huber, kind, words, student, teacher, options)
+
+
 @pytest.mark.parametrize("kind, words, student, teacher, options", SHARED[:16])
 def test_modules_refuse_alike(kind: Any, words: str, student: Any, teacher: Any, options: dict[str, Any]) -> None:
     """A module may refuse when it is made or when it is called."""
-    for cls in (kdfast.KLDivTau, kdfast.LogitMSE):
+    for cls in (kdfast.KLDivTau, kdfast.LogitMSE, kdfast.LogitHuber):
         forward = {k: v for k, v in options.items() if k in ("row_weight", "denominator")}
         own = {k: v for k, v in options.items() if k not in forward}
         refused(lambda s, t, c=cls, o=own, **kw: c(**o)(s, t, **kw), kind, words, student, teacher, forward)
 
 
-@pytest.mark.parametrize("name", ["kl_div_tau", "logit_mse"])
+@pytest.mark.parametrize("name", ["kl_div_tau", "logit_mse", "logit_huber"])
 def test_unknown_options_are_pythons_error(name: str) -> None:
     with pytest.raises(TypeError, match="temperature"):
         getattr(kdfast, name)(S(), T(), temperature=4.0)
@@ -166,7 +185,7 @@ def test_unknown_options_are_pythons_error(name: str) -> None:
         getattr(kdfast, name)(S(), T(), 4.0, 2.0)
 
 
-@pytest.mark.parametrize("name", ["kl_div_tau", "logit_mse"])
+@pytest.mark.parametrize("name", ["kl_div_tau", "logit_mse", "logit_huber"])
 def test_overlapping_rows_are_refused_in_place(name: str) -> None:
     """Windows of one buffer: the rows share memory without any stride of 0."""
     base = torch.randn(40).requires_grad_() * 1
@@ -175,12 +194,35 @@ def test_overlapping_rows_are_refused_in_place(name: str) -> None:
         getattr(kdfast, name)(windows, torch.randn(windows.shape), inplace_backward=True)
 
 
-@pytest.mark.parametrize("name", ["kl_div_tau", "logit_mse"])
+@pytest.mark.parametrize("name", ["kl_div_tau", "logit_mse", "logit_huber"])
 def test_a_backend_that_is_not_there_says_how_to_get_it(name: str) -> None:
     """ "cpp" on a device without kernels, "triton" where it cannot run: what is missing, and what to do."""
     with pytest.raises((ValueError, RuntimeError, ImportError)) as caught:
         getattr(kdfast, name)(S(), T(), backend="triton")
     assert "triton" in str(caught.value) and "backend" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["logit_huber", "kd_loss"])
+def test_a_loss_without_kernels_on_the_device_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "auto" falls back to plain torch with one warning that names the loss; a backend asked for by name is refused."""
+    from kdfast import _ops, functional
+
+    loss = getattr(_ops, name.upper())
+    monkeypatch.setattr(functional, "_warned", set())
+    monkeypatch.setattr(functional, "HAS_TRITON", True)
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda"))
+    if not loss.has_cuda_kernels:
+        with pytest.raises(ValueError, match=f"cpp.*{name}"):
+            functional._resolve_backend("cpp", on_gpu, loss)
+    if _ops.on_triton(loss) is None:
+        with pytest.raises(ValueError, match=f"triton.*{name}"):
+            functional._resolve_backend("triton", on_gpu, loss)
+    if not loss.has_cuda_kernels and _ops.on_triton(loss) is None:
+        with pytest.warns(UserWarning, match=f"{name}.*cuda.*plain torch"):
+            assert functional._resolve_backend("auto", on_gpu, loss) == "reference"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # once
+            assert functional._resolve_backend("auto", on_gpu, loss) == "reference"
 
 
 # ------------------------------------------------------------------------------------------------- import and

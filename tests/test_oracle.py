@@ -15,13 +15,20 @@ DIGITS, STEP = 160, mp.mpf(10) ** -25  # central differences in 160 digits: rela
 FLOOR = mp.mpf(10) ** -40  # what the differences leave of a gradient that is exactly zero
 
 
-def definition(loss: str, s: list[Any], t: list[Any], tau: Any, teacher_tau: Any, center: bool) -> Any:
+def definition(
+    loss: str, s: list[Any], t: list[Any], tau: Any, teacher_tau: Any, center: bool, kind: str = "", delta: float = 1.0
+) -> Any:
     """One row. KL: sum p log(p/q) * tau**2; MSE: sum (s - t)**2. exp(-inf) = 0 and 0 log 0 = 0 are all that -inf
     needs."""
-    if loss == "logit_mse":
+    if loss in ("logit_mse", "logit_huber"):
         d = [a - b for a, b in zip(s, t, strict=True)]
         mean = mp.fsum(d) / len(d) if center else mp.mpf(0)
-        return mp.fsum((x - mean) ** 2 for x in d)
+        d, delta = [x - mean for x in d], mp.mpf(delta)
+        if kind == "pseudo":
+            return mp.fsum(delta**2 * (mp.sqrt(1 + (x / delta) ** 2) - 1) for x in d)
+        if kind == "smooth_l1":
+            return mp.fsum(x**2 / (2 * delta) if abs(x) < delta else abs(x) - delta / 2 for x in d)
+        return mp.fsum(x**2 for x in d)
     a, b = [x / tau for x in s], [x / teacher_tau for x in t]
     lse_a, lse_b = (mp.log(mp.fsum(mp.exp(x) for x in v)) for v in (a, b))
     terms = [mp.exp(y - lse_b) * ((y - lse_b) - (x - lse_a)) for x, y in zip(a, b, strict=True) if y != -mp.inf]
@@ -46,12 +53,20 @@ def rows_of(x: torch.Tensor) -> list[list[Any]]:
 
 
 def compare(
-    loss: str, s: torch.Tensor, t: torch.Tensor, tau: float = 1.0, teacher_tau: float | None = None, center: bool = False
+    loss: str,
+    s: torch.Tensor,
+    t: torch.Tensor,
+    tau: float = 1.0,
+    teacher_tau: float | None = None,
+    center: bool = False,
+    **huber: Any,
 ) -> None:
     with mp.workdps(DIGITS):
         for precision, digits in ((np.longdouble, 14.5), (np.float64, 11)):
-            truth = oracle(loss, s, t, tau, teacher_tau=teacher_tau, center=center, reduction="sum", precision=precision)
-            rest = (mp.mpf(tau), mp.mpf(tau if teacher_tau is None else teacher_tau), center)
+            truth = oracle(
+                loss, s, t, tau, teacher_tau=teacher_tau, center=center, reduction="sum", precision=precision, **huber
+            )
+            rest = (mp.mpf(tau), mp.mpf(tau if teacher_tau is None else teacher_tau), center, *huber.values())
             total = mp.mpf(0)
             for i, (a, b) in enumerate(zip(rows_of(s), rows_of(t), strict=True)):
                 value = definition(loss, a, b, *rest)
@@ -81,6 +96,14 @@ def test_kl_with_two_temperatures(tau: float, teacher_tau: float) -> None:
 @pytest.mark.parametrize("regime", REGIMES)
 def test_mse(regime: str, center: bool) -> None:
     compare("logit_mse", *logits(regime, (4, 5)), center=center)
+
+
+@pytest.mark.parametrize("kind", ["pseudo", "smooth_l1"])
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_huber(regime: str, center: bool, kind: str) -> None:
+    for delta in (0.1, 3.0):
+        compare("logit_huber", *logits(regime, (4, 5)), center=center, kind=kind, delta=delta)
 
 
 @pytest.mark.parametrize("tau", [0.3, 1.0, 20.0, 1e6])

@@ -41,7 +41,7 @@ class Problem:
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    loss = draw(st.sampled_from(["kl_div_tau", "kl_div_tau", "logit_mse"]))
+    loss = draw(st.sampled_from(["kl_div_tau", "kl_div_tau", "logit_mse", "logit_huber"]))
     lead = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
     k = draw(WIDTHS)
     reduction = draw(st.sampled_from(["none", "sum", "mean", "batchmean"]))
@@ -54,6 +54,9 @@ def problems(draw: st.DrawFn) -> Problem:
             options["scale_by_tau_squared"] = False
     else:
         options["center"] = draw(st.booleans())
+    if loss == "logit_huber":
+        options["delta"] = draw(st.sampled_from([0.01, 1.0, 30.0]))
+        options["kind"] = draw(st.sampled_from(["pseudo", "smooth_l1"]))
     if k > 1 and draw(st.booleans()):
         options["num_classes"] = draw(st.integers(1, k))
     if reduction != "none" and draw(st.booleans()):
@@ -147,6 +150,7 @@ def judge(where: Where, p: Problem) -> None:
 @settings(max_examples=600)
 @given(p=problems())
 def test_kernels(kernel: Where, p: Problem) -> None:
+    assume(kernel.has(p.loss))
     judge(kernel, p)
 
 

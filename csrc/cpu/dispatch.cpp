@@ -67,6 +67,18 @@ void logit_mse_forward(const LogitMseArgs& args, int64_t begin, int64_t end) {
 void logit_mse_backward(const LogitMseArgs& args, int64_t begin, int64_t end) {
   chosen().kernels->logit_mse_backward(args, begin, end);
 }
+void logit_huber_forward(const LogitHuberArgs& args, int64_t begin, int64_t end) {
+  chosen().kernels->logit_huber_forward(args, begin, end);
+}
+void logit_huber_backward(const LogitHuberArgs& args, int64_t begin, int64_t end) {
+  chosen().kernels->logit_huber_backward(args, begin, end);
+}
+void kd_loss_forward(const KdLossArgs& args, int64_t begin, int64_t end) {
+  chosen().kernels->kd_loss_forward(args, begin, end);
+}
+void kd_loss_backward(const KdLossArgs& args, int64_t begin, int64_t end) {
+  chosen().kernels->kd_loss_backward(args, begin, end);
+}
 void scale_gradient(void* out, const void* in, DType dtype, double factor, int64_t begin, int64_t end) {
   chosen().kernels->scale_gradient(out, in, dtype, factor, begin, end);
 }

@@ -10,6 +10,10 @@ struct Kernels {
   void (*kl_div_tau_backward)(const KlDivTauArgs&, int64_t, int64_t);
   void (*logit_mse_forward)(const LogitMseArgs&, int64_t, int64_t);
   void (*logit_mse_backward)(const LogitMseArgs&, int64_t, int64_t);
+  void (*logit_huber_forward)(const LogitHuberArgs&, int64_t, int64_t);
+  void (*logit_huber_backward)(const LogitHuberArgs&, int64_t, int64_t);
+  void (*kd_loss_forward)(const KdLossArgs&, int64_t, int64_t);
+  void (*kd_loss_backward)(const KdLossArgs&, int64_t, int64_t);
   void (*scale_gradient)(void*, const void*, DType, double, int64_t, int64_t);
 };
 

@@ -23,6 +23,7 @@ KDFAST_PRAGMA(GCC target(KDFAST_TARGET))  // to the end of the unit, where its t
 #pragma GCC diagnostic ignored "-Wignored-attributes"
 // GCC 12 warns of its own AVX-512 intrinsics, which leave unread what they do not write.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 
 #include "kl_math.h"
 
@@ -33,8 +34,14 @@ KDFAST_PRAGMA(GCC target(KDFAST_TARGET))  // to the end of the unit, where its t
 #include "cpu/kl_div_tau.inl"
 #include "cpu/logit_mse.inl"
 
+#include "cpu/kd_loss.inl"
+#include "cpu/logit_huber.inl"
+
 namespace kdfast::cpu::KDFAST_ISA {
-const Kernels kernels = {kl_div_tau_forward, kl_div_tau_backward, logit_mse_forward, logit_mse_backward, scale_gradient};
+const Kernels kernels = {
+    kl_div_tau_forward,   kl_div_tau_backward, logit_mse_forward, logit_mse_backward, logit_huber_forward,
+    logit_huber_backward, kd_loss_forward,     kd_loss_backward,  scale_gradient,
+};
 }
 
 #if defined(KDFAST_TARGET) && defined(__clang__)

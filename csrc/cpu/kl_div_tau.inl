@@ -134,8 +134,10 @@ struct KlRow {
   }
 
   // sum_row of a narrow row: leaves w and u.
-  template <bool keep>
-  void sum_narrow_row(F* kept_w, F* kept_u, const S* next_student, const T* next_teacher) {
+  template <bool keep, class Hard>
+  void sum_narrow_row(F* kept_w, F* kept_u, F* kept_e, Hard& hard, const S* next_student, const T* next_teacher) {
+    typename Hard::Sums hard_sums;
+    const F exp_back = math::exp(-rest);  // v = w e^x e^-rest
     Sum<V> sum_w, sum_wx, sum_w_phi;
     const auto add = [&](int64_t i, auto lanes) {
       __builtin_prefetch(next_student + i, 0, 2);
@@ -149,16 +151,21 @@ struct KlRow {
         store(kept_w + i, w, lanes);
         store(kept_u + i, u, lanes);
       }
+      if constexpr (Hard::kStats > 0)
+        hard.template add<keep>(hard_sums, kept_e, i, lanes, student_logits(i, lanes), (w + u) * exp_back);
     };
-    for_each_vector<V>(classes, 0, add, sum_w, sum_wx, sum_w_phi);
+    for_each_vector<V>(classes, 0, add, sum_w, sum_wx, sum_w_phi, hard_sums);
+    if constexpr (Hard::kStats > 0) hard.finish_row(hard_sums);
     s0 = sum_w.value();
     s1 = sum_wx.value();
     excess = sum_w_phi.value();
   }
 
-  // The pass for the sums. Leaves w and v in scratch rows where `keep`, and fetches another row.
-  template <bool keep>
-  void sum_row(F* kept_w, F* kept_v, const S* next_student, const T* next_teacher) {
+  // The pass for the sums, the hard part's too. Leaves w, v and the hard part's exponentials in scratch rows where `keep`, and
+  // fetches another row.
+  template <bool keep, class Hard>
+  void sum_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, const S* next_student, const T* next_teacher) {
+    typename Hard::Sums hard_sums;
     const F exp_rest = math::exp(rest);  // w e^x = v e^rest
     Sum<V> sum_w, sum_wx, sum_v, sum_w_phi;
     const auto add = [&](int64_t i, auto lanes) {
@@ -177,8 +184,10 @@ struct KlRow {
         store(kept_w + i, w, lanes);
         store(kept_v + i, v, lanes);
       }
+      if constexpr (Hard::kStats > 0) hard.template add<keep>(hard_sums, kept_e, i, lanes, s, v);
     };
-    for_each_vector<V>(classes, 0, add, sum_w, sum_wx, sum_v, sum_w_phi);
+    for_each_vector<V>(classes, 0, add, sum_w, sum_wx, sum_v, sum_w_phi, hard_sums);
+    if constexpr (Hard::kStats > 0) hard.finish_row(hard_sums);
     s0 = sum_w.value();
     s1 = sum_wx.value();
     z = sum_v.value();
@@ -227,34 +236,42 @@ struct KlRow {
 
   // The pass for the student's gradient in a narrow row: q - p = p expm1(x - shift) = p (e^-shift (e^x - 1) + (e^-shift - 1)),
   // as good as x itself where |shift| is no more than a few. each(i, lanes, w, u) sets w and u.
-  template <class Each>
-  void write_narrow_gradient(Each each, F factor, const GradientRow<S>& grad_student) const {
+  template <class Each, class Weights, class Hard>
+  void write_narrow_gradient(Each each, Weights weights, const Hard& hard, F factor, const GradientRow<S>& grad_student) const {
     const F p = stat[KlStat::inv_s0] * factor, back = -stat[KlStat::shift], growth = math::exp(back);
     const F by_u = p * growth, by_w = p * (back * back < 1 ? math::expm1_series(back) : growth - 1);
     const auto write = [&](int64_t i, auto lanes) {
       V w, u;
       each(i, lanes, w, u);
-      grad_student.put(i, u * by_u + w * by_w, lanes);
+      V g = u * by_u + w * by_w;
+      if constexpr (Hard::kStats > 0)
+        if (hard.writes) g += hard.gradient(weights, i, lanes, student_logits(i, lanes));
+      grad_student.put(i, g, lanes);
     };
     for_each_vector<V>(classes, grad_student.template head<V>(), write);
     grad_student.zero(classes);
   }
 
-  // The pass for the gradients. weights.teacher(i, lanes, t) and weights.student(i, lanes, s) are w and v.
-  template <bool for_student, bool for_teacher, class Weights>
-  void write_gradients(Weights weights, F student_factor, F teacher_factor, const GradientRow<S>& grad_student,
-                       const GradientRow<T>& grad_teacher) const {
+  // The pass for the gradients: the student's where it is wanted, the teacher's where `for_teacher`. weights.teacher(i, lanes,
+  // t) and weights.student(i, lanes, s) are w and v.
+  template <bool for_teacher, class Weights, class Hard>
+  void write_gradients(Weights weights, const Hard& hard, F student_factor, F teacher_factor,
+                       const GradientRow<S>& grad_student, const GradientRow<T>& grad_teacher) const {
     const F mean = stat[KlStat::mean], shift = stat[KlStat::shift], near_limit = math::near_limit(mean, shift);
     const F p_student = stat[KlStat::inv_s0] * student_factor, q_student = stat[KlStat::inv_z] * student_factor;
     const F p_teacher = stat[KlStat::inv_s0] * teacher_factor;
+    const bool for_student = !for_teacher || grad_student;
     const int64_t head = for_student ? grad_student.template head<V>() : grad_teacher.template head<V>();
     for_each_vector<V>(classes, head, [&](int64_t i, auto lanes) {
       const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
       const V w = weights.teacher(i, lanes, t), x = difference(s, t);
-      if constexpr (for_student) {
+      if (for_student) {
         const V z = x - shift, p = w * p_student;
         const V near = p * math::expm1_series(z), far = weights.student(i, lanes, s) * q_student - p;
-        grad_student.put(i, z * z < near_limit ? near : far, lanes);
+        V g = z * z < near_limit ? near : far;
+        if constexpr (Hard::kStats > 0)
+          if (hard.writes) g += hard.gradient(weights, i, lanes, s);
+        grad_student.put(i, g, lanes);
       }
       if constexpr (for_teacher) {
         const V g = w * p_teacher * (mean - x);
@@ -266,13 +283,15 @@ struct KlRow {
   }
 };
 
-template <class F, class S, class T>
+template <class Args, template <class, class, class> class HardPart, class F, class S, class T>
 struct KlDivTau {
   using V = typename VecOf<F>::type;
   using Row = KlRow<F, V, S, T>;
+  using Hard = HardPart<F, V, S>;
+  static constexpr int kStats = KlStat::count + Hard::kStats;
 
   struct Kept {
-    const F *w, *v;
+    const F *w, *v, *e;
     template <class Lanes>
     KDFAST_INLINE V teacher(int64_t i, Lanes lanes, V) const {
       return load<V>(w + i, lanes, 0);
@@ -280,6 +299,10 @@ struct KlDivTau {
     template <class Lanes>
     KDFAST_INLINE V student(int64_t i, Lanes lanes, V) const {
       return load<V>(v + i, lanes, 0);
+    }
+    template <class Lanes>
+    KDFAST_INLINE V exponential(const Hard&, int64_t i, Lanes lanes, V) const {
+      return load<V>(e + i, lanes, 0);
     }
   };
   struct Recomputed {
@@ -292,10 +315,14 @@ struct KlDivTau {
     KDFAST_INLINE V student(int64_t, Lanes, V s) const {
       return row.student_weight(s);
     }
+    template <class Lanes>
+    KDFAST_INLINE V exponential(const Hard& hard, int64_t, Lanes, V s) const {
+      return hard.exponential(s);
+    }
   };
 
-  template <bool for_student, bool for_teacher, class Weights>
-  static void gradients(const KlDivTauArgs& args, int64_t r, F weight, const Row& row, Weights weights) {
+  template <bool for_teacher, class Weights>
+  static void gradients(const Args& args, int64_t r, F weight, const Row& row, Hard& hard, Weights weights) {
     const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
     const GradientRow<T> grad_teacher(args.grad_teacher, args.rows, r, args.student.data);
     if (weight == 0) {
@@ -303,13 +330,22 @@ struct KlDivTau {
       grad_teacher.zero(0);
       return;
     }
-    const F factor = args.grad_loss.at(r, F(1)) * F(args.grad_scale) * weight;
-    row.template write_gradients<for_student, for_teacher>(
-        weights, factor * F(args.scale / args.tau), factor * F(args.scale / args.teacher_tau), grad_student, grad_teacher);
+    const F grad_row = args.grad_loss.at(r, F(1)) * weight, factor = grad_row * F(args.grad_scale);
+    if constexpr (Hard::kStats > 0) {
+      hard.scale(grad_row * F(args.hard_grad_scale));
+      if (hard.alone) {
+        hard.write_gradient(weights, grad_student);
+        grad_teacher.zero(0);
+        return;
+      }
+    }
+    row.template write_gradients<for_teacher>(weights, hard, factor * F(args.scale / args.tau),
+                                              factor * F(args.scale / args.teacher_tau), grad_student, grad_teacher);
   }
 
-  template <bool keep>
-  static void narrow_gradient(const KlDivTauArgs& args, int64_t r, F weight, const Row& row, const F* kept_w, const F* kept_u) {
+  template <bool keep, class Weights>
+  static void narrow_gradient(const Args& args, int64_t r, F weight, const Row& row, Hard& hard, Weights weights,
+                              const F* kept_w, const F* kept_u) {
     const auto each = [&](int64_t i, auto lanes, V& w, V& u) {
       if constexpr (keep) {
         w = load<V>(kept_w + i, lanes, 0);
@@ -319,31 +355,40 @@ struct KlDivTau {
         row.narrow_weights(i, lanes, w, u, wx, w_phi);
       }
     };
-    const F factor = args.grad_loss.at(r, F(1)) * F(args.grad_scale) * weight * F(args.scale / args.tau);
-    row.write_narrow_gradient(each, factor, GradientRow<S>(args.grad_student, args.rows, r, args.student.data));
+    const F grad_row = args.grad_loss.at(r, F(1)) * weight;
+    const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
+    if constexpr (Hard::kStats > 0) {
+      hard.scale(grad_row * F(args.hard_grad_scale));
+      if (hard.alone) return hard.write_gradient(weights, grad_student);
+    }
+    row.write_narrow_gradient(each, weights, hard, grad_row * F(args.grad_scale) * F(args.scale / args.tau), grad_student);
   }
 
   // Rows of few classes go through each pass together: what a row waits for between two passes is then another row's work.
   static constexpr int kTogether = 16, kTogetherClasses = 2048;
+  static constexpr int kKeptRows = Hard::kStats > 0 ? 3 : 2;
   // Rows longer than this do not keep w and v, which would drive the logits out of the cache.
   static constexpr int64_t kKeptBytes = 3 << 19;
 
-  // `gradient`: the student's, too.
-  template <bool gradient, bool keep>
-  static void forward(const KlDivTauArgs& args, int64_t begin, int64_t end) {
+  // Writes the student's gradient too, where it is wanted.
+  template <bool keep>
+  static void forward(const Args& args, int64_t begin, int64_t end) {
     const KlTemperatures<F> temperatures(args);
     const int64_t classes = args.classes, most = kTogetherClasses / classes;
     const int64_t together = most < 1 ? 1 : most > kTogether ? kTogether : most;
-    Scratch<F> scratch(keep ? together * classes * 2 : 0);
+    Scratch<F> scratch(keep ? together * classes * kKeptRows : 0);
     F weight[kTogether];
     Row rows[kTogether];
-    const auto kept_w = [&](int64_t i) { return scratch.data + 2 * i * classes; };
+    Hard hard[kTogether];
+    const auto kept_w = [&](int64_t i) { return scratch.data + kKeptRows * i * classes; };
     const auto kept_v = [&](int64_t i) { return kept_w(i) + classes; };
+    const auto kept_e = [&](int64_t i) { return kept_w(i) + (kKeptRows - 1) * classes; };
     for (int64_t first = begin; first < end; first += together) {
       const int64_t count = first + together < end ? together : end - first;
       for (int64_t i = 0; i < count; ++i) {
         const int64_t r = first + i;
         rows[i] = Row(temperatures, row_of<S>(args.student, r), row_of<T>(args.teacher, r), classes);
+        hard[i] = Hard(args, r, rows[i].student);
         weight[i] = args.weight.at(r, F(1));
         if (weight[i] != 0) rows[i].find_reference();
       }
@@ -352,58 +397,64 @@ struct KlDivTau {
         if (weight[i] == 0) continue;
         const S* next_student = row_of<S>(args.student, next);
         const T* next_teacher = row_of<T>(args.teacher, next);
+        if constexpr (Hard::kStats > 0) hard[i].start(rows[i].stat[KlStat::s_max]);
         if (rows[i].narrow)
-          rows[i].template sum_narrow_row<keep>(kept_w(i), kept_v(i), next_student, next_teacher);
+          rows[i].template sum_narrow_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student, next_teacher);
         else
-          rows[i].template sum_row<keep>(kept_w(i), kept_v(i), next_student, next_teacher);
+          rows[i].template sum_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student, next_teacher);
       }
       for (int64_t i = 0; i < count; ++i) {
         if (weight[i] != 0) rows[i].finish_row();
         const F loss = rows[i].kl * F(args.scale) * weight[i];
-        static_cast<F*>(args.row_loss)[first + i] = weight[i] != 0 ? loss : 0;
-        copy_numbers(args.row_stats, (first + i) * KlStat::count, rows[i].stat, KlStat::count);
+        hard[i].store_loss(args, first + i, weight[i], weight[i] != 0 ? loss : 0);
+        copy_numbers(args.row_stats, (first + i) * kStats, rows[i].stat, KlStat::count);
+        hard[i].store_stats(args.row_stats, (first + i) * kStats + KlStat::count);
       }
-      if constexpr (gradient)
-        for (int64_t i = 0; i < count; ++i) {
-          const Row& row = rows[i];
-          if (weight[i] != 0 && row.narrow)
-            narrow_gradient<keep>(args, first + i, weight[i], row, kept_w(i), kept_v(i));
-          else if constexpr (keep)
-            gradients<true, false>(args, first + i, weight[i], row, Kept{kept_w(i), kept_v(i)});
-          else
-            gradients<true, false>(args, first + i, weight[i], row, Recomputed{row});
-        }
+      if (!args.grad_student.data) continue;
+      const auto write = [&](int64_t i, auto weights) {
+        if (weight[i] != 0 && rows[i].narrow)
+          narrow_gradient<keep>(args, first + i, weight[i], rows[i], hard[i], weights, kept_w(i), kept_v(i));
+        else
+          gradients<false>(args, first + i, weight[i], rows[i], hard[i], weights);
+      };
+      for (int64_t i = 0; i < count; ++i) {
+        if constexpr (keep)
+          write(i, Kept{kept_w(i), kept_v(i), kept_e(i)});
+        else
+          write(i, Recomputed{rows[i]});
+      }
     }
   }
 
-  template <bool for_student, bool for_teacher>
-  static void backward(const KlDivTauArgs& args, int64_t begin, int64_t end) {
+  template <bool for_teacher>
+  static void backward(const Args& args, int64_t begin, int64_t end) {
     const KlTemperatures<F> temperatures(args);
     for (int64_t r = begin; r < end; ++r) {
       Row row(temperatures, row_of<S>(args.student, r), row_of<T>(args.teacher, r), args.classes);
-      __builtin_memcpy(row.stat, static_cast<const F*>(args.row_stats) + r * KlStat::count, sizeof row.stat);
-      gradients<for_student, for_teacher>(args, r, args.weight.at(r, F(1)), row, Recomputed{row});
+      const F* stats = static_cast<const F*>(args.row_stats) + r * kStats;
+      __builtin_memcpy(row.stat, stats, sizeof row.stat);
+      Hard hard(args, r, row.student);
+      hard.load_stats(stats + KlStat::count);
+      gradients<for_teacher>(args, r, args.weight.at(r, F(1)), row, hard, Recomputed{row});
     }
   }
 
   struct Forward {
-    static void run(const KlDivTauArgs& args, int64_t begin, int64_t end) {
-      if (!args.grad_student.data) return forward<false, false>(args, begin, end);
-      const bool keep = args.classes * int64_t(sizeof(S) + sizeof(T) + 2 * sizeof(F)) <= kKeptBytes;
-      keep ? forward<true, true>(args, begin, end) : forward<true, false>(args, begin, end);
+    static void run(const Args& args, int64_t begin, int64_t end) {
+      const int64_t bytes = args.classes * int64_t(sizeof(S) + sizeof(T) + kKeptRows * sizeof(F));
+      args.grad_student.data&& bytes <= kKeptBytes ? forward<true>(args, begin, end) : forward<false>(args, begin, end);
     }
   };
   struct Backward {
-    static void run(const KlDivTauArgs& args, int64_t begin, int64_t end) {
-      if (!args.grad_teacher.data) return backward<true, false>(args, begin, end);
-      args.grad_student.data ? backward<true, true>(args, begin, end) : backward<false, true>(args, begin, end);
+    static void run(const Args& args, int64_t begin, int64_t end) {
+      args.grad_teacher.data ? backward<true>(args, begin, end) : backward<false>(args, begin, end);
     }
   };
 };
 template <class F, class S, class T>
-using KlDivTauForward = typename KlDivTau<F, S, T>::Forward;
+using KlDivTauForward = typename KlDivTau<KlDivTauArgs, NoHardPart, F, S, T>::Forward;
 template <class F, class S, class T>
-using KlDivTauBackward = typename KlDivTau<F, S, T>::Backward;
+using KlDivTauBackward = typename KlDivTau<KlDivTauArgs, NoHardPart, F, S, T>::Backward;
 
 void kl_div_tau_forward(const KlDivTauArgs& args, int64_t begin, int64_t end) { with_types<KlDivTauForward>(args, begin, end); }
 void kl_div_tau_backward(const KlDivTauArgs& args, int64_t begin, int64_t end) {

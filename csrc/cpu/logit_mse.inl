@@ -1,12 +1,35 @@
-// Squared difference of the logits on the CPU. Reads the student's and the teacher's logits; writes a loss and, with `center`,
-// MseStat numbers a row, and the gradients. A class at -inf on both sides does not count.
+// Sums over a row's differences of logits on the CPU: of their squares here, of another function of them in logit_huber.inl.
+// Reads the student's and the teacher's logits; writes a loss and, with `center`, Element::Stat numbers a row, and the
+// gradients. A class at -inf on both sides does not count.
 
 namespace kdfast::cpu::KDFAST_ISA {
 namespace {
 
-template <class F, class S, class T>
-struct LogitMse {
+// The function of a difference. Loss and slope are a row's constant times value(d) and slope(d).
+template <class F, class ArgsOf = LogitMseArgs>
+struct Square {
   using V = typename VecOf<F>::type;
+  using Args = ArgsOf;
+  using Stat = MseStat;
+  static constexpr bool kMeanSlope = false;  // with `center` the slopes of a row add up to 0 by themselves
+  static constexpr F value_factor = 1, slope_factor = 2;
+
+  explicit Square(const Args&) {}
+  KDFAST_INLINE V value(V d) const { return d * d; }
+  KDFAST_INLINE V slope(V d) const { return d; }
+};
+
+template <class F>
+using PlainSquare = Square<F>;
+
+template <template <class> class ElementOf, template <class, class, class> class HardPart, class F, class S, class T>
+struct LogitDifference {
+  using V = typename VecOf<F>::type;
+  using Hard = HardPart<F, V, S>;
+  using Element = ElementOf<F>;
+  using Args = typename Element::Args;
+  using Stat = typename Element::Stat;
+  static constexpr int kStats = Stat::count + Hard::kStats;
   static constexpr F inf = F(__builtin_inf());
 
   // Whether a class takes part: not where both sides are at -inf.
@@ -53,9 +76,10 @@ struct LogitMse {
     stat[MseStat::inv_classes] = 1 / count;  // a row with no class left is NaN in the tau -> infinity limit, as at any tau
   }
 
-  // The pass over a row's differences: writes the gradients that are wanted, and returns the sum of squares.
+  // The pass over a row's differences: writes the gradients that are wanted, and returns the sum of the values; without
+  // gradients that of the slopes too, where it is not 0. With for_teacher the student's gradient may be unwanted.
   template <bool for_student, bool for_teacher>
-  static F pass(const LogitMseArgs& args, int64_t r, F weight, const F* stat) {
+  static F pass(const Args& args, int64_t r, F weight, const F* stat, Hard& hard, F* slopes = nullptr) {
     const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
     const GradientRow<T> grad_teacher(args.grad_teacher, args.rows, r, args.student.data);
     if (weight == 0) {
@@ -63,68 +87,102 @@ struct LogitMse {
       grad_teacher.zero(0);
       return 0;
     }
-    const F factor = 2 * args.grad_loss.at(r, F(1)) * F(args.grad_scale) * weight * row_scale(args, stat);
+    const Element element(args);
+    const F grad_row = args.grad_loss.at(r, F(1)) * weight;
+    const F factor = element.slope_factor * grad_row * F(args.grad_scale) * row_scale(args, stat);
+    if constexpr (Hard::kStats > 0 && (for_student || for_teacher)) {
+      hard.scale(grad_row * F(args.hard_grad_scale));
+      if (hard.alone) {
+        hard.write_gradient(hard, grad_student);
+        grad_teacher.zero(0);
+        return pass<false, false>(args, r, weight, stat, hard);
+      }
+    }
     const F mean = stat[MseStat::mean], s_offset = stat[MseStat::s_offset], t_offset = stat[MseStat::t_offset];
     const S* student = row_of<S>(args.student, r);
     const T* teacher = row_of<T>(args.teacher, r);
-    const int64_t head = for_student ? grad_student.template head<V>() : grad_teacher.template head<V>();
-    Sum<V> total;
+    const int64_t head =
+        for_student && (!for_teacher || grad_student) ? grad_student.template head<V>() : grad_teacher.template head<V>();
+    Sum<V> total, total_slope;
     const auto add = [&](int64_t i, auto lanes) {
       const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf);
       const V difference_or_nan = ((s - s_offset) - (t - t_offset)) - mean;
       const V d = counts(s, t) ? difference_or_nan : V{};
-      total += d * d;
-      if constexpr (for_student) grad_student.put(i, d * factor, lanes);
-      if constexpr (for_teacher) grad_teacher.put(i, d * -factor, lanes);
+      total += element.value(d);
+      if constexpr (for_student || for_teacher || Element::kMeanSlope) {
+        V slope = element.slope(d);
+        if constexpr (!for_student && !for_teacher) total_slope += slope;
+        if constexpr (Element::kMeanSlope) slope = counts(s, t) ? slope - stat[Stat::slope] : V{};
+        if (for_student && (!for_teacher || grad_student)) {
+          V g = slope * factor;
+          if constexpr (Hard::kStats > 0)
+            if (hard.writes) g += hard.gradient(hard, i, lanes, s);
+          grad_student.put(i, g, lanes);
+        }
+        if constexpr (for_teacher) grad_teacher.put(i, slope * -factor, lanes);
+      }
     };
-    for_each_vector<V>(args.classes, head, add, total);
+    for_each_vector<V>(args.classes, head, add, total, total_slope);
     grad_student.zero(args.classes);
     grad_teacher.zero(args.classes);
-    return total.value();
+    if (slopes != nullptr) *slopes = total_slope.value();
+    return total.value() * element.value_factor;
   }
 
-  static F row_scale(const LogitMseArgs& args, const F* stat) {
+  static F row_scale(const Args& args, const F* stat) {
     return F(args.scale) * (args.per_class ? stat[MseStat::inv_classes] : F(1));
   }
 
   template <bool gradient>
-  static void forward(const LogitMseArgs& args, int64_t begin, int64_t end) {
+  static void forward(const Args& args, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      F stat[MseStat::count] = {};
+      F stat[Stat::count] = {}, total = 0, slopes = 0;
       const F weight = args.weight.at(r, F(1));
-      if (args.center && weight != 0)
-        mean_difference(row_of<S>(args.student, r), row_of<T>(args.teacher, r), args.classes, stat);
-      const F squares = pass<gradient, false>(args, r, weight, stat);
-      static_cast<F*>(args.row_loss)[r] = weight != 0 ? squares * row_scale(args, stat) * weight : 0;
-      copy_numbers(args.row_stats, r * MseStat::count, stat, MseStat::count);
+      const bool centred = args.center && weight != 0, first_the_slopes = Element::kMeanSlope && centred;
+      Hard hard(args, r, row_of<S>(args.student, r));
+      if (weight != 0) hard.read_row();
+      if (centred) mean_difference(row_of<S>(args.student, r), row_of<T>(args.teacher, r), args.classes, stat);
+      if constexpr (Element::kMeanSlope)
+        if (first_the_slopes) {
+          total = pass<false, false>(args, r, weight, stat, hard, &slopes);
+          stat[Stat::slope] = slopes * stat[Stat::inv_classes];
+        }
+      if (gradient || !first_the_slopes) total = pass<gradient, false>(args, r, weight, stat, hard);
+      hard.store_loss(args, r, weight, weight != 0 ? total * row_scale(args, stat) * weight : 0);
+      copy_numbers(args.row_stats, r * kStats, stat, Stat::count);
+      hard.store_stats(args.row_stats, r * kStats + Stat::count);
     }
   }
 
-  template <bool for_student, bool for_teacher>
-  static void backward(const LogitMseArgs& args, int64_t begin, int64_t end) {
+  template <bool for_teacher>
+  static void backward(const Args& args, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      F stat[MseStat::count] = {};
-      if (args.row_stats) __builtin_memcpy(stat, static_cast<const F*>(args.row_stats) + r * MseStat::count, sizeof stat);
-      pass<for_student, for_teacher>(args, r, args.weight.at(r, F(1)), stat);
+      F stat[Stat::count] = {};
+      Hard hard(args, r, row_of<S>(args.student, r));
+      if (args.row_stats) {
+        const F* stats = static_cast<const F*>(args.row_stats) + r * kStats;
+        __builtin_memcpy(stat, stats, sizeof stat);
+        hard.load_stats(stats + Stat::count);
+      }
+      pass<true, for_teacher>(args, r, args.weight.at(r, F(1)), stat, hard);
     }
   }
 
   struct Forward {
-    static void run(const LogitMseArgs& args, int64_t begin, int64_t end) {
+    static void run(const Args& args, int64_t begin, int64_t end) {
       args.grad_student.data ? forward<true>(args, begin, end) : forward<false>(args, begin, end);
     }
   };
   struct Backward {
-    static void run(const LogitMseArgs& args, int64_t begin, int64_t end) {
-      if (!args.grad_teacher.data) return backward<true, false>(args, begin, end);
-      args.grad_student.data ? backward<true, true>(args, begin, end) : backward<false, true>(args, begin, end);
+    static void run(const Args& args, int64_t begin, int64_t end) {
+      args.grad_teacher.data ? backward<true>(args, begin, end) : backward<false>(args, begin, end);
     }
   };
 };
 template <class F, class S, class T>
-using LogitMseForward = typename LogitMse<F, S, T>::Forward;
+using LogitMseForward = typename LogitDifference<PlainSquare, NoHardPart, F, S, T>::Forward;
 template <class F, class S, class T>
-using LogitMseBackward = typename LogitMse<F, S, T>::Backward;
+using LogitMseBackward = typename LogitDifference<PlainSquare, NoHardPart, F, S, T>::Backward;
 
 void logit_mse_forward(const LogitMseArgs& args, int64_t begin, int64_t end) { with_types<LogitMseForward>(args, begin, end); }
 void logit_mse_backward(const LogitMseArgs& args, int64_t begin, int64_t end) {

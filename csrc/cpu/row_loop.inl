@@ -64,6 +64,28 @@ struct Scratch {
   }
 };
 
+// What a loss has beside its comparison of the logits: nothing. (kd_loss.inl has a part of its own, with these members.)
+template <class F, class V, class S>
+struct NoHardPart {
+  static constexpr int kStats = 0;  // numbers a row for the backward pass
+  static constexpr bool alone = false;
+
+  struct Sums {
+    KDFAST_INLINE void carry() {}
+  };
+
+  NoHardPart() = default;
+  template <class Args>
+  NoHardPart(const Args&, int64_t, const S*) {}
+  void read_row() {}
+  void load_stats(const F*) {}
+  void store_stats(void*, int64_t) const {}
+  template <class Args>
+  void store_loss(const Args& args, int64_t r, F, F soft) const {
+    static_cast<F*>(args.row_loss)[r] = soft;
+  }
+};
+
 template <class F>
 void copy_numbers(void* to, int64_t at, const F* from, int count) {
   if (to != nullptr) __builtin_memcpy(static_cast<F*>(to) + at, from, sizeof(F) * count);

@@ -84,6 +84,23 @@ KDFAST_INLINE V vmin(V a, V b) {
   return a < b ? a : b;
 #endif
 }
+template <class V>
+KDFAST_INLINE V vsqrt(V x) {
+#if defined(KDFAST_AVX512)
+  if constexpr (sizeof(ScalarOf<V>) == 4)
+    return _mm512_sqrt_ps(x);
+  else
+    return _mm512_sqrt_pd(x);
+#elif defined(KDFAST_AVX2)
+  if constexpr (sizeof(ScalarOf<V>) == 4)
+    return _mm256_sqrt_ps(x);
+  else
+    return _mm256_sqrt_pd(x);
+#else
+  for (int i = 0; i < kLanes<V>; ++i) x[i] = sizeof(ScalarOf<V>) == 4 ? __builtin_sqrtf(x[i]) : __builtin_sqrt(x[i]);
+  return x;
+#endif
+}
 // Whether the mask holds in any lane.
 template <class I>
 KDFAST_INLINE bool any(I mask) {

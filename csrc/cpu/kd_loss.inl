@@ -1,0 +1,158 @@
+// Cross-entropy with the target and a soft part on the CPU: the rows of kl_div_tau.inl and of logit_mse.inl, with a hard part
+// that shares their loads of the student's logits (and the exponentials of kl_div_tau at tau = 1).
+
+namespace kdfast::cpu::KDFAST_ISA {
+namespace {
+
+// The hard part of one row.
+template <class F, class V, class S>
+struct HardPart {
+  static constexpr int kStats = HardStat::count;
+  static constexpr F inf = F(__builtin_inf()), nan = F(__builtin_nan("")), log2_e = F(1.4426950408889634);
+
+  struct Sums {
+    Sum<V> others, below_max;                    // of the exponentials but the target's; of s_max - s
+    F target_exponential = nan, target_s = nan;  // they stay NaN where the target is no class
+
+    KDFAST_INLINE void carry() {
+      others.carry();
+      below_max.carry();
+    }
+  };
+
+  const S* student = nullptr;
+  int64_t classes = 0, target = 0;
+  F smoothing = 0, loss = 0;
+  F stat[HardStat::count] = {};
+  bool counts = false;                         // not an ignored row
+  bool shares = false;                         // its exponentials are the soft part's
+  bool writes = false;                         // it has a gradient
+  bool alone = false;                          // the soft part has none
+  F factor = 0, at_target = 0, elsewhere = 0;  // the gradient is e_k * factor - elsewhere, but at the target
+
+  HardPart() = default;
+  HardPart(const KdLossArgs& args, int64_t r, const S* logits)
+      : student(logits), classes(args.classes), target(args.target.at(r, int64_t(0))), smoothing(F(args.label_smoothing)) {
+    counts = target != args.ignore_index;
+    shares = counts && args.soft == Soft::kl && args.tau == 1;
+    writes = counts && args.alpha != 1;
+    alone = args.alpha == 0;
+  }
+
+  KDFAST_INLINE V exponential(V s) const { return exp2_nonpositive((s - stat[HardStat::s_max]) * log2_e); }
+  template <class Lanes>
+  KDFAST_INLINE V exponential(const HardPart&, int64_t, Lanes, V s) const {
+    return exponential(s);
+  }
+  KDFAST_INLINE bool holds_target(int64_t i) const { return uint64_t(target - i) < uint64_t(kLanes<V>); }
+
+  void start(F s_max) { stat[HardStat::s_max] = s_max; }
+  // Adds a vector to the sums, and leaves its exponentials in a scratch row where `keep`. shared: those of the soft part, which
+  // at tau = 1 are the same.
+  template <bool keep, class Lanes>
+  KDFAST_INLINE void add(Sums& sums, F* kept_e, int64_t i, Lanes lanes, V s, V shared) const {
+    if (!counts) return;
+    V e = shared;
+    if (!shares) e = exponential(s);
+    if constexpr (keep) store(kept_e + i, e, lanes);
+    if (holds_target(i)) {
+      sums.target_s = s[target - i];
+      sums.target_exponential = e[target - i];
+      e[target - i] = 0;
+    }
+    sums.others += e;
+    sums.below_max += stat[HardStat::s_max] - load<V>(student + i, lanes, stat[HardStat::s_max]);
+  }
+  void finish_row(const Sums& sums) {
+    if (!counts) return;
+    const F others = sums.others.value(), z = others + sums.target_exponential, gap = stat[HardStat::s_max] - sums.target_s;
+    // Where the target has the largest logit, log z is small and its terms are not: 1 + others.
+    const F log_z = gap == 0 ? math::log1p(others) : math::log(z);
+    loss = log_z + gap;
+    if (smoothing != 0) loss = (1 - smoothing) * loss + smoothing * (log_z + sums.below_max.value() / F(classes));
+    stat[HardStat::inv_z] = 1 / z;
+    stat[HardStat::slope] = -others / z;
+  }
+  // Both passes, for a soft part that has none to share.
+  void read_row() {
+    if (!counts) return;
+    V top = splat<V>(-inf);
+    for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) { top = vmax(load<V>(student + i, lanes, -inf), top); });
+    start(largest(top));
+    Sums sums;
+    const auto add_vector = [&](int64_t i, auto lanes) {
+      const V s = load<V>(student + i, lanes, -inf);
+      add<false>(sums, nullptr, i, lanes, s, V{});
+    };
+    for_each_vector<V>(classes, 0, add_vector, sums);
+    finish_row(sums);
+  }
+
+  void load_stats(const F* from) { __builtin_memcpy(stat, from, sizeof stat); }
+  void store_stats(void* to, int64_t at) const { copy_numbers(to, at, stat, HardStat::count); }
+  void store_loss(const KdLossArgs& args, int64_t r, F weight, F soft) const {
+    const F hard = counts && weight != 0 ? loss * weight : 0, alpha = F(args.alpha);
+    static_cast<F*>(args.row_hard)[r] = hard;
+    static_cast<F*>(args.row_soft)[r] = soft;
+    if (args.row_loss == nullptr) return;
+    static_cast<F*>(args.row_loss)[r] = alpha == 0 ? hard : alpha == 1 ? soft : (1 - alpha) * hard + alpha * soft;
+  }
+
+  void scale(F by) {
+    factor = stat[HardStat::inv_z] * by;
+    elsewhere = smoothing / F(classes) * by;
+    at_target = (stat[HardStat::slope] + smoothing - smoothing / F(classes)) * by;
+  }
+  template <class Weights, class Lanes>
+  KDFAST_INLINE V gradient(const Weights& weights, int64_t i, Lanes lanes, V s) const {
+    V g = weights.exponential(*this, i, lanes, s) * factor - elsewhere;
+    if (holds_target(i)) g[target - i] = at_target;
+    return g;
+  }
+  template <class Weights>
+  void write_gradient(const Weights& weights, const GradientRow<S>& grad_student) const {
+    if (!grad_student) return;
+    if (!writes) return grad_student.zero(0);
+    for_each_vector<V>(classes, grad_student.template head<V>(), [&](int64_t i, auto lanes) {
+      grad_student.put(i, gradient(weights, i, lanes, load<V>(student + i, lanes, -inf)), lanes);
+    });
+    grad_student.zero(classes);
+  }
+};
+
+template <class F>
+using KdSquare = Square<F, KdLossArgs>;
+
+// The pairs of types that KdLossArgs takes: of seven pairs with one double the code would be half as much again.
+template <class Loss, class S, class T, bool taken = (sizeof(S) == 8) == (sizeof(T) == 8)>
+struct Taken : Loss {};
+template <class Loss, class S, class T>
+struct Taken<Loss, S, T, false> {
+  struct None {
+    static void run(const KdLossArgs&, int64_t, int64_t) { abort(); }
+  };
+  using Forward = None;
+  using Backward = None;
+};
+template <class F, class S, class T>
+using KdLossKl = Taken<KlDivTau<KdLossArgs, HardPart, F, S, T>, S, T>;
+template <class F, class S, class T>
+using KdLossMse = Taken<LogitDifference<KdSquare, HardPart, F, S, T>, S, T>;
+template <class F, class S, class T>
+using KdLossKlForward = typename KdLossKl<F, S, T>::Forward;
+template <class F, class S, class T>
+using KdLossKlBackward = typename KdLossKl<F, S, T>::Backward;
+template <class F, class S, class T>
+using KdLossMseForward = typename KdLossMse<F, S, T>::Forward;
+template <class F, class S, class T>
+using KdLossMseBackward = typename KdLossMse<F, S, T>::Backward;
+
+void kd_loss_forward(const KdLossArgs& args, int64_t begin, int64_t end) {
+  args.soft == Soft::kl ? with_types<KdLossKlForward>(args, begin, end) : with_types<KdLossMseForward>(args, begin, end);
+}
+void kd_loss_backward(const KdLossArgs& args, int64_t begin, int64_t end) {
+  args.soft == Soft::kl ? with_types<KdLossKlBackward>(args, begin, end) : with_types<KdLossMseBackward>(args, begin, end);
+}
+
+}  // namespace
+}  // namespace kdfast::cpu::KDFAST_ISA
