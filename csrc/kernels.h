@@ -219,10 +219,13 @@ struct Call {
 // args.row_loss may be nullptr where call.loss is not. With a gradient in forward, only the student's.
 size_t workspace_bytes(const KlDivTauArgs& args);
 size_t workspace_bytes(const LogitMseArgs& args);
+size_t workspace_bytes(const LogitHuberArgs& args);
 void kl_div_tau_forward(const KlDivTauArgs& args, const Call& call);
 void kl_div_tau_backward(const KlDivTauArgs& args, const Call& call);
 void logit_mse_forward(const LogitMseArgs& args, const Call& call);
 void logit_mse_backward(const LogitMseArgs& args, const Call& call);
+void logit_huber_forward(const LogitHuberArgs& args, const Call& call);
+void logit_huber_backward(const LogitHuberArgs& args, const Call& call);
 
 // out[i] = in[i] * factor for `count` numbers; out and in may be the same, and then a factor of 1 reads nothing.
 void scale_gradient(void* out, const void* in, DType dtype, const Numbers& factor, int64_t count, void* stream);

@@ -518,6 +518,10 @@ struct LogitHuber {
   using Args = LogitHuberArgs;
   static constexpr auto forward = cpu::logit_huber_forward;
   static constexpr auto backward = cpu::logit_huber_backward;
+#ifdef KDFAST_WITH_CUDA
+  static void forward_cuda(const Args& args, const cuda::Call& call) { cuda::logit_huber_forward(args, call); }
+  static void backward_cuda(const Args& args, const cuda::Call& call) { cuda::logit_huber_backward(args, call); }
+#endif
 
   double delta;
   bool smooth_l1, center;
@@ -652,6 +656,7 @@ void scale_gradient_inplace(const Tensor& gradient, const Tensor& grad_loss) {
 #define KDFAST_REGISTER(DEVICE)                                                       \
   KDFAST_REGISTER_LOSS(kl_div_tau, DEVICE)                                            \
   KDFAST_REGISTER_LOSS(logit_mse, DEVICE)                                             \
+  KDFAST_REGISTER_LOSS(logit_huber, DEVICE)                                           \
   library.impl("scale_gradient", TORCH_BOX(&kdfast::scale_gradient<kdfast::DEVICE>)); \
   library.impl("scale_gradient_inplace", TORCH_BOX(&kdfast::scale_gradient_inplace<kdfast::DEVICE>));
 
@@ -667,7 +672,6 @@ STABLE_TORCH_LIBRARY(kdfast, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, library) {
   KDFAST_REGISTER(OnCpu)
-  KDFAST_REGISTER_LOSS(logit_huber, OnCpu)
   KDFAST_REGISTER_LOSS(kd_loss, OnCpu);
 }
 #ifdef KDFAST_WITH_CUDA

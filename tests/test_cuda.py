@@ -41,6 +41,9 @@ def test_every_row_length(k: int, dtype: torch.dtype) -> None:
     s, t = helpers.logits("offset", (n, k), (dtype, dtype))
     helpers.check(CUDA, "logit_mse", s, t)
     helpers.check(CUDA, "logit_mse", s, t, center=True, grads="st", row_weight=weight)
+    for kind in ("pseudo", "smooth_l1"):
+        helpers.check(CUDA, "logit_huber", s, t, kind=kind, delta=30.0)
+        helpers.check(CUDA, "logit_huber", s, t, kind=kind, delta=0.5, grads="st", center=True, row_weight=weight)
 
 
 @pytest.mark.parametrize("pair", [(F16, F16), (F32, BF16), (BF16, F32), (BF16, F16), (F64, F64), (F64, BF16)], ids=str)
@@ -50,6 +53,9 @@ def test_every_mixture(k: int, pair: tuple[torch.dtype, torch.dtype]) -> None:
     for tau in (0.5, 20.0, INF):
         helpers.check(CUDA, "kl_div_tau", s, t, tau=tau, grads="st")
     helpers.check(CUDA, "kl_div_tau", s, t, tau=2.0, teacher_tau=3.0)
+    for kind in ("pseudo", "smooth_l1"):
+        helpers.check(CUDA, "logit_huber", s, t, kind=kind, grads="st")
+        helpers.check(CUDA, "logit_huber", s, t, kind=kind, center=True)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
@@ -102,7 +108,7 @@ def test_registers_and_local_memory() -> None:
     kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     assert len(kernels) > 10
     for name, registers, stack, local in kernels:
-        streams = "forward_kernel" in name and "PlainMse" in name
+        streams = "forward_kernel" in name and "5Plain" in name
         assert int(registers) <= (64 if streams else 128), (name, registers)
         assert int(local) == 0 and int(stack) == 0, (name, registers, stack, local)
 
@@ -131,7 +137,7 @@ def _statistics(tmp_path: Path, loss: str, dtype: str, cases: list[tuple[int, in
     return [launch for launch in map(json.loads, counts.read_text().splitlines()) if "kdfast" in launch["kernel"]]
 
 
-@pytest.mark.parametrize("loss", ["kl_div_tau", "logit_mse"])
+@pytest.mark.parametrize("loss", ["kl_div_tau", "logit_mse", "logit_huber"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_one_launch_reads_each_logit_once(tmp_path: Path, loss: str, dtype: str) -> None:
     cases = [(1000, 16), (1003, 16), (4096, 4), (32000, 1), (50257, 1), (128256, 1)]

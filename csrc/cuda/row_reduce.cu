@@ -65,6 +65,7 @@ Device& current_device() {
 //   else                                    blocks of 256 c         each reduces a slice, a second kernel merges, a third
 //                                                                   reads again
 //   float64 on either side                  a block of 256          reads the row for each pass; simple, not fast
+//   logit_huber around the mean             the same
 Plan plan_rows(int64_t rows, int64_t row_vectors, int per_thread) {
   const int64_t kept = per_thread;
   constexpr int kBlock = 256;

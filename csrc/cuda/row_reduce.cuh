@@ -717,13 +717,18 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 // ---------------------------------------------------------------------------------------
 
 inline bool is_wide(DType student, DType teacher) { return student == DType::f64 || teacher == DType::f64; }
+// Whether a row is read once for each pass, by a block, and not held.
+template <class L>
+bool by_passes(const typename L::Args& args) {
+  return L::kHeld == 0 || is_wide(args.student.dtype, args.teacher.dtype);
+}
 inline int vector_width(DType student, DType teacher) {
   return size_of(student) == 2 && student == teacher ? HeldBF16::width : HeldFloat::width;
 }
 
 template <class L>
 Plan plan_of(const typename L::Args& args) {
-  if (is_wide(args.student.dtype, args.teacher.dtype)) {
+  if (by_passes<L>(args)) {
     Plan plan;
     plan.team = plan.threads = 256;
     plan.blocks = args.rows;
@@ -756,26 +761,28 @@ size_t workspace_bytes(const typename L::Args& args, int stats) {
 
 template <class L>
 void run_backward(const typename L::Args& args, const Call& call, int stats, const char* name,
-                  void (*wide_kernel)(typename L::Args, Task)) {
+                  void (*passes_kernel)(typename L::Args, Task)) {
   if (args.rows == 0) return;
   const cudaStream_t stream = static_cast<cudaStream_t>(call.stream);
   Plan plan = plan_of<L>(args);
   const Workspace memory = workspace_of<L>(args, plan, call.workspace, stats);
   plan.cluster = false;
   Task task{plan, resolve_divisor(call, args.weight, args.rows, memory.divisor), call.number, nullptr, nullptr, nullptr};
-  if (is_wide(args.student.dtype, args.teacher.dtype)) {
+  if (by_passes<L>(args)) {
     typename L::Args copy = args;
     void* arguments[] = {&copy, &task};
-    return launch((const void*)wide_kernel, plan, stream, arguments, name, args.rows, args.classes);
+    return launch((const void*)passes_kernel, plan, stream, arguments, name, args.rows, args.classes);
   }
-  typename L::Parameters parameters(args);
-  void* arguments[] = {&parameters, &task};
-  launch(KDFAST_HELD(KDFAST_BACKWARD, args), plan, stream, arguments, name, args.rows, args.classes);
+  if constexpr (L::kHeld > 0) {
+    typename L::Parameters parameters(args);
+    void* arguments[] = {&parameters, &task};
+    launch(KDFAST_HELD(KDFAST_BACKWARD, args), plan, stream, arguments, name, args.rows, args.classes);
+  }
 }
 
 template <class L>
 void run_forward(const typename L::Args& given, const Call& call, int stats, const char* name,
-                 void (*wide_kernel)(typename L::Args, Task)) {
+                 void (*passes_kernel)(typename L::Args, Task)) {
   typename L::Args args = given;
   const cudaStream_t stream = static_cast<cudaStream_t>(call.stream);
   Plan plan = plan_of<L>(args);
@@ -787,25 +794,27 @@ void run_forward(const typename L::Args& given, const Call& call, int stats, con
             memory.partials};
   if (args.rows == 0) return sum_nothing(task, wide, stream);
   if (call.loss) task.ticket = zeroed_ticket(stream, memory.ticket);
-  if (wide) {
+  if (by_passes<L>(args)) {
     void* arguments[] = {&args, &task};
-    return launch((const void*)wide_kernel, plan, stream, arguments, name, args.rows, args.classes);
+    return launch((const void*)passes_kernel, plan, stream, arguments, name, args.rows, args.classes);
   }
-  if (apart && wants_gradient && stats > 0 && args.row_stats == nullptr) args.row_stats = memory.row_stats;
-  typename L::Parameters parameters(args);
-  void* arguments[] = {&parameters, &task};
-  if (!apart)
-    return launch(wants_gradient ? KDFAST_HELD(KDFAST_FORWARD_GRADIENT, args) : KDFAST_HELD(KDFAST_FORWARD, args), plan, stream,
-                  arguments, name, args.rows, args.classes);
+  if constexpr (L::kHeld > 0) {
+    if (apart && wants_gradient && stats > 0 && args.row_stats == nullptr) args.row_stats = memory.row_stats;
+    typename L::Parameters parameters(args);
+    void* arguments[] = {&parameters, &task};
+    if (!apart)
+      return launch(wants_gradient ? KDFAST_HELD(KDFAST_FORWARD_GRADIENT, args) : KDFAST_HELD(KDFAST_FORWARD, args), plan,
+                    stream, arguments, name, args.rows, args.classes);
 
-  launch(KDFAST_HELD(KDFAST_FORWARD, args), plan, stream, arguments, name, args.rows, args.classes);
-  Plan merging;
-  merging.threads = 128;
-  merging.blocks = unsigned((args.rows + 3) / 4);
-  void* merged[] = {&parameters, &task, &plan.slices};
-  launch((const void*)merge_kernel<L>, merging, stream, merged, name, args.rows, args.classes);
-  if (!wants_gradient) return;
-  launch(KDFAST_HELD(KDFAST_BACKWARD, args), plan, stream, arguments, name, args.rows, args.classes);
+    launch(KDFAST_HELD(KDFAST_FORWARD, args), plan, stream, arguments, name, args.rows, args.classes);
+    Plan merging;
+    merging.threads = 128;
+    merging.blocks = unsigned((args.rows + 3) / 4);
+    void* merged[] = {&parameters, &task, &plan.slices};
+    launch((const void*)merge_kernel<L>, merging, stream, merged, name, args.rows, args.classes);
+    if (!wants_gradient) return;
+    launch(KDFAST_HELD(KDFAST_BACKWARD, args), plan, stream, arguments, name, args.rows, args.classes);
+  }
 }
 
 }  // namespace kdfast::cuda

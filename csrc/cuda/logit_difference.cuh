@@ -1,0 +1,352 @@
+// Sums over a row's differences of logits on CUDA: of their squares (logit_mse.cu) or of another function of them
+// (logit_huber.cu). A class at -inf on both sides does not count. Without `center` a gradient needs nothing of the row, and
+// leaves with the vector it comes from.
+#pragma once
+
+#include "row_reduce.cuh"
+
+namespace kdfast::cuda {
+namespace {
+
+// Whether a class counts: not where both sides are at -inf.
+template <class F>
+__device__ __forceinline__ bool counts(F s, F t) {
+  return s != F(-INFINITY) || t != F(-INFINITY);
+}
+// What a difference of two logits adds to the row's mean: an infinite one, which makes the loss infinite, nothing; but NaN
+// where a logit is NaN or +inf.
+template <class F>
+__device__ __forceinline__ F to_mean(F difference, F s, F t) {
+  return fabs(difference) < F(INFINITY) ? difference : s < F(INFINITY) && t < F(INFINITY) ? F(0) : F(NAN);
+}
+
+// The function of a difference: a loss's Element<F>. Values and slopes are value(d) and slope(d) times a constant of the call.
+template <class F>
+struct Square {
+  using Args = LogitMseArgs;
+  using Stat = MseStat;
+  static constexpr bool kMeanSlope = false;  // with `center` the slopes of a row add up to 0 by themselves
+  static constexpr F value_factor = 1, slope_factor = 2;
+
+  explicit KDFAST_INLINE Square(const Args&) {}
+  __device__ __forceinline__ F value(F d) const { return d * d; }
+  __device__ __forceinline__ F slope(F d) const { return d; }
+};
+
+// d = (s - s_offset) - (t - t_offset) less its mean. The offset, on the side with the larger logits, carries most of it.
+struct Difference {
+  float s_offset, t_offset, mean;
+
+  __device__ __forceinline__ float operator()(float s, float t) const { return ((s - s_offset) - (t - t_offset)) - mean; }
+  // What this one's zero is in the other's terms, but for the mean.
+  __device__ __forceinline__ float from(const Difference& other) const {
+    return (s_offset - other.s_offset) - (t_offset - other.t_offset);
+  }
+};
+
+struct Partial {
+  Difference d;
+  float count, total;  // total: sum of the values
+};
+struct Row {
+  Difference d;
+  float inv_classes, total;
+};
+
+// What the sums around 0 and around the mean have in common.
+template <class Element>
+struct LogitDifference {
+  using Args = typename Element::Args;
+  using Partial = kdfast::cuda::Partial;
+  using Row = kdfast::cuda::Row;
+
+  struct Parameters {
+    Args args;
+    Element element;
+    float scale;
+
+    explicit Parameters(const Args& args) : args(args), element(args), scale(float(args.scale)) {}
+    // Factor of an element's slope in the student's gradient.
+    __device__ __forceinline__ float gradient_factor(float factor, float inv_classes) const {
+      return element.slope_factor * factor * scale * (args.per_class ? inv_classes : 1.f);
+    }
+  };
+
+  static __device__ __forceinline__ Row row_of(const Parameters&, const Partial& partial) {
+    return {partial.d, 1 / partial.count, partial.total};
+  }
+
+  static __device__ __forceinline__ void finish_row(const Parameters& p, const Row& row, float weight, int64_t index) {
+    const float scale = p.element.value_factor * p.scale * (p.args.per_class ? row.inv_classes : 1.f);
+    static_cast<float*>(p.args.row_loss)[index] = weight == 0 ? 0.f : row.total * scale * weight;
+    if (p.args.row_stats == nullptr) return;
+    float* stat = static_cast<float*>(p.args.row_stats) + index * MseStat::count;
+    stat[MseStat::s_offset] = row.d.s_offset;
+    stat[MseStat::t_offset] = row.d.t_offset;
+    stat[MseStat::mean] = row.d.mean;
+    stat[MseStat::inv_classes] = row.inv_classes;
+  }
+
+  struct Backward {
+    Difference d{};
+    float factor;
+
+    __device__ __forceinline__ Backward(const Parameters& p, int64_t index, float given) {
+      float inv_classes = 1;
+      if (p.args.row_stats != nullptr) {
+        const float* stat = static_cast<const float*>(p.args.row_stats) + index * MseStat::count;
+        d = {stat[MseStat::s_offset], stat[MseStat::t_offset], stat[MseStat::mean]};
+        inv_classes = stat[MseStat::inv_classes];
+      }
+      factor = p.gradient_factor(given, inv_classes);
+    }
+    template <class H>
+    __device__ __forceinline__ void student(const Parameters& p, const H& s, const H& t, float (&gradient)[H::width]) const {
+      write(p, s, t, factor, gradient);
+    }
+    template <class H>
+    __device__ __forceinline__ void teacher(const Parameters& p, const H& s, const H& t, float (&gradient)[H::width]) const {
+      write(p, s, t, -factor, gradient);
+    }
+
+   private:
+    template <class H>
+    __device__ __forceinline__ void write(const Parameters& p, const H& s, const H& t, float factor,
+                                          float (&gradient)[H::width]) const {
+#pragma unroll
+      for (int i = 0; i < H::width; ++i) gradient[i] = counts(s[i], t[i]) ? p.element.slope(d(s[i], t[i])) * factor : 0.f;
+    }
+  };
+};
+
+// Around 0: a vector is done with as soon as it is read, so that a thread may take many.
+template <class Element>
+struct Plain : LogitDifference<Element> {
+  using typename LogitDifference<Element>::Parameters;
+  static constexpr int kHeld = 32, kBlocks = 2;
+
+  struct Shared {
+    float total[kMostWarps][1];
+  };
+
+  template <class H, bool wants_gradient>
+  struct Held {
+    template <class GradientOf, class FactorOf>
+    __device__ __forceinline__ Partial reduce(const Parameters& p, const Team& team, const RowSpan& span, const Slice& slice,
+                                              const void* student, const void* teacher, GradientOf gradient_of,
+                                              FactorOf factor_of, Shared& shared) {
+      const float factor = p.gradient_factor(factor_of(), 1);
+      const GradientRow gradient = gradient_of();
+      float total[1] = {NAN};
+      if (slice.whole && (gradient.aligned || !wants_gradient))
+        total[0] = sum_whole(p, span, slice, student, teacher, gradient, factor);
+      if (!(total[0] == total[0])) total[0] = sum(p, span, slice, student, teacher, gradient, factor);
+      cuda::reduce<Sum>(team, total, shared.total);
+      return {{}, 1, total[0]};
+    }
+
+    __device__ __forceinline__ void write_gradient(const Parameters&, const RowSpan&, const Slice&, const Row&,
+                                                   const GradientRow&, float) const {}
+
+   private:
+    // The sum of values, and the gradient, of vectors that go by 128 bits. (Not unrolled: where the lanes of a warp differ by
+    // one vector, they would part for the remainder.) NaN where a class is at -inf on both sides.
+    __device__ __forceinline__ float sum_whole(const Parameters& p, const RowSpan& span, const Slice& slice,
+                                               const void* student, const void* teacher, const GradientRow& gradient,
+                                               float factor) const {
+      const Cursor s_first(student, H::packed ? 2 : size_of(p.args.student.dtype), H::width, span, slice, true),
+          t_first(teacher, H::packed ? 2 : size_of(p.args.teacher.dtype), H::width, span, slice, true),
+          g_first(gradient.row, H::packed ? 2 : size_of(gradient.dtype), H::width, span, slice, true);
+      const char *s_at = s_first.at, *t_at = t_first.at;
+      char* g_at = g_first.at;
+      float total = 0;
+#pragma unroll 1
+      for (int left = slice.count; left > 0; --left) {
+        const H s = load_whole<H>(s_at, p.args.student.dtype), t = load_whole<H>(t_at, p.args.teacher.dtype);
+        float g[H::width];
+#pragma unroll
+        for (int i = 0; i < H::width; ++i) {
+          const float d = s[i] - t[i];
+          total += p.element.value(d);
+          g[i] = p.element.slope(d) * factor;
+        }
+        if constexpr (wants_gradient) gradient.template store_whole<H>(g, g_at);
+        s_at += s_first.step;
+        t_at += t_first.step;
+        g_at += g_first.step;
+      }
+      return total;
+    }
+    __device__ __forceinline__ float sum(const Parameters& p, const RowSpan& span, const Slice& slice, const void* student,
+                                         const void* teacher, const GradientRow& gradient, float factor) const {
+      Reader<H> read_student(student, p.args.student.dtype, span, slice, H{}),
+          read_teacher(teacher, p.args.teacher.dtype, span, slice, H{});
+      Writer<H> write(gradient, span, slice);
+      float total = 0;
+#pragma unroll 1
+      for (int i = 0; i < slice.count; ++i) {
+        H s[1], t[1];
+        read_student.next(s, 1);
+        read_teacher.next(t, 1);
+        float g[H::width];
+#pragma unroll
+        for (int i = 0; i < H::width; ++i) {
+          const float d = counts(s[0][i], t[0][i]) ? s[0][i] - t[0][i] : 0.f;
+          total += p.element.value(d);
+          g[i] = p.element.slope(d) * factor;
+        }
+        if constexpr (wants_gradient) write.next(g);
+      }
+      return total;
+    }
+  };
+
+  template <class Read>
+  static __device__ __forceinline__ Row merge(const Parameters&, int slices, Read read, int, int lane) {
+    float total = 0;
+    for (int i = lane; i < slices; i += 32) total += read(i).total;
+    return {{}, 1, reduce_warp(total, Sum())};
+  }
+};
+
+// ---- one block a row, which is read from memory once for each pass: simple, not fast. For float64; and for the sums around
+// the mean of what has no rule to move them to another mean, so that slices of a row cannot be merged.
+// -----------------------------------------------------------------------
+
+template <class Element>
+struct ByPasses : LogitDifference<Element> {
+  static constexpr int kHeld = 0;
+};
+
+template <template <class> class ElementOf, class F>
+struct PassedRow {
+  using Element = ElementOf<F>;
+  using Args = typename Element::Args;
+  using Stat = typename Element::Stat;
+
+  const Args& args;
+  const Element element;
+  const void *student, *teacher;
+  F stat[Stat::count] = {};
+
+  __device__ PassedRow(const Args& args, int64_t row) : args(args), element(args) {
+    student = static_cast<const char*>(args.student.data) + args.student.rows.offset(row) * size_of(args.student.dtype);
+    teacher = static_cast<const char*>(args.teacher.data) + args.teacher.rows.offset(row) * size_of(args.teacher.dtype);
+    stat[Stat::inv_classes] = 1;
+  }
+  __device__ F s(int64_t k) const { return load_one<F>(student, args.student.dtype, k); }
+  __device__ F t(int64_t k) const { return load_one<F>(teacher, args.teacher.dtype, k); }
+  __device__ F d(F s, F t) const { return ((s - stat[Stat::s_offset]) - (t - stat[Stat::t_offset])) - stat[Stat::mean]; }
+  __device__ F scale() const { return F(args.scale) * (args.per_class ? stat[Stat::inv_classes] : F(1)); }
+  // value(d) and slope(d) of a class
+  template <class Function>
+  __device__ __forceinline__ void for_each(const Team& team, Function function) const {
+    for (int64_t k = team.lane; k < args.classes; k += team.size) {
+      const F sk = s(k), tk = t(k), dk = counts(sk, tk) ? d(sk, tk) : F(0);
+      function(k, element.value(dk), counts(sk, tk) ? element.slope(dk) - mean_slope() : F(0));
+    }
+  }
+  __device__ F mean_slope() const {
+    if constexpr (Element::kMeanSlope) return stat[Stat::slope];
+    return F(0);
+  }
+
+  __device__ void find_mean(const Team& team, F (&sizes)[kMostWarps][2], F (&shared)[2][kMostWarps][3]) {
+    F size[2] = {0, 0};
+    for (int64_t k = team.lane; k < args.classes; k += team.size) {
+      size[0] = finite_larger(size[0], s(k));
+      size[1] = finite_larger(size[1], t(k));
+    }
+    reduce<Max>(team, size, sizes);
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+      F sums[3] = {0, 0, 0};
+      for (int64_t k = team.lane; k < args.classes; k += team.size) {
+        const F sk = s(k), tk = t(k), dk = d(sk, tk);
+        sums[0] += to_mean(dk, sk, tk);
+        sums[1] += counts(sk, tk);
+        sums[2] += fabs(dk) == F(INFINITY);
+      }
+      reduce<Sum>(team, sums, shared[pass]);
+      if (Element::kMeanSlope && sums[2] > 0) {  // infinite: around 0 so is the loss, and the slopes are those of its lines
+        stat[Stat::inv_classes] = 1 / sums[1];
+        return;
+      }
+      const F left = sums[0] / (sums[1] > 0 ? sums[1] : 1);
+      stat[Stat::mean] += left;
+      stat[Stat::inv_classes] = 1 / sums[1];
+      if (pass == 0) {
+        const bool on_student = size[0] >= size[1];
+        const F offset = math::row_offset(left, on_student ? size[0] : size[1]);
+        stat[Stat::s_offset] = on_student ? offset : F(0);
+        stat[Stat::t_offset] = on_student ? F(0) : -offset;
+        stat[Stat::mean] -= offset;
+      }
+    }
+  }
+
+  __device__ void gradients(const Team& team, const Task& task, int64_t row, F weight) const {
+    const F factor = element.slope_factor * args.grad_loss.at(row, F(1)) * F(args.grad_scale) * weight /
+                     task.divisor.at(0, F(task.number)) * scale();
+    for_each(team, [&](int64_t k, F, F slope) {
+      if (args.grad_student.data)
+        store_one(args.grad_student.data, args.grad_student.dtype, args.grad_student.rows.offset(row) + k, slope * factor);
+      if (args.grad_teacher.data)
+        store_one(args.grad_teacher.data, args.grad_teacher.dtype, args.grad_teacher.rows.offset(row) + k, slope * -factor);
+    });
+  }
+};
+
+template <template <class> class ElementOf, class F>
+__global__ void __launch_bounds__(256, 1)
+    passes_forward_kernel(const __grid_constant__ typename ElementOf<F>::Args args, const __grid_constant__ Task task) {
+  using Row = PassedRow<ElementOf, F>;
+  __shared__ F sizes[kMostWarps][2], sums[2][kMostWarps][3], totals[kMostWarps][2];
+  const Team team(task.plan);
+  const int64_t r = blockIdx.x;
+  const F weight = args.weight.at(r, F(1));
+  Row row(args, r);
+  F loss = 0;
+  if (weight != 0) {
+    if (args.center || args.per_class) row.find_mean(team, sizes, sums);
+    F total[2] = {0, 0};
+    row.for_each(team, [&](int64_t, F value, F slope) {
+      total[0] += value;
+      total[1] += slope;
+    });
+    reduce<Sum>(team, total, totals);
+    if constexpr (Row::Element::kMeanSlope)
+      if (args.center) row.stat[Row::Stat::slope] = total[1] * row.stat[Row::Stat::inv_classes];
+    loss = total[0] * row.element.value_factor * row.scale() * weight;
+    if (args.grad_student.data) row.gradients(team, task, r, weight);
+  }
+  if (team.leads()) {
+    static_cast<F*>(args.row_loss)[r] = loss;
+    if (args.row_stats)
+#pragma unroll
+      for (int i = 0; i < Row::Stat::count; ++i) static_cast<F*>(args.row_stats)[r * Row::Stat::count + i] = row.stat[i];
+  }
+  zero_wide(team, args.grad_student, r, weight == 0 ? 0 : args.classes);
+  finish<F>(task, args.row_loss, args.rows);
+}
+
+template <template <class> class ElementOf, class F>
+__global__ void __launch_bounds__(256, 1)
+    passes_backward_kernel(const __grid_constant__ typename ElementOf<F>::Args args, const __grid_constant__ Task task) {
+  using Row = PassedRow<ElementOf, F>;
+  const Team team(task.plan);
+  const int64_t r = blockIdx.x;
+  const F weight = args.weight.at(r, F(1));
+  if (weight != 0) {
+    Row row(args, r);
+    if (args.row_stats)
+#pragma unroll
+      for (int i = 0; i < Row::Stat::count; ++i) row.stat[i] = static_cast<const F*>(args.row_stats)[r * Row::Stat::count + i];
+    row.gradients(team, task, r, weight);
+  }
+  zero_wide(team, args.grad_student, r, weight == 0 ? 0 : args.classes);
+  zero_wide(team, args.grad_teacher, r, weight == 0 ? 0 : args.classes);
+}
+
+}  // namespace
+}  // namespace kdfast::cuda
