@@ -73,6 +73,8 @@ def matrix(where: h.Where, shapes: tuple, pairs: tuple[str, ...]) -> None:
                 ("kl_div_tau", {"tau": math.inf}),
                 ("logit_mse", {}),
                 ("logit_mse", {"center": True}),
+                ("logit_huber", {"delta": 0.7}),
+                ("logit_huber", {"kind": "smooth_l1", "center": True}),
             ):
                 for grads in ("s", "st", ""):
                     h.check(where, loss, student, teacher, grads=grads, **extra)
@@ -93,6 +95,9 @@ def online(where: h.Where) -> None:
                 got = where.run("kl_div_tau", student, teacher, tau=tau, reduction="none")
                 h.check_loss(got.loss, truth, (student, teacher))
                 h.check_grad(got.student, truth.student, student, (student, teacher))
+    student, teacher = h.logits("offset", (2, k))
+    for kind in ("pseudo", "smooth_l1"):
+        h.check(where, "logit_huber", student, teacher, kind=kind, center=True, grads="st", reduction="none")
     masked = torch.from_numpy(rng.standard_normal((2, k))).float()
     masked[0, :4096] = -h.INF  # a block without any class of the teacher, where the student has some
     student = torch.from_numpy(rng.standard_normal((2, k))).float()
@@ -103,7 +108,7 @@ def online(where: h.Where) -> None:
 def options(where: h.Where) -> None:
     student, teacher = h.logits("typical", (3, 2, 40))
     weights = torch.tensor([[1, 0], [0.5, 2], [1, 1]])
-    for loss in ("kl_div_tau", "logit_mse"):
+    for loss in ("kl_div_tau", "logit_mse", "logit_huber"):
         for reduction in ("none", "sum", "mean", "batchmean"):
             for weight in (None, weights, weights > 0.7, weights.bfloat16(), weights.double()):
                 for grads in ("s", "st"):
@@ -126,6 +131,9 @@ def options(where: h.Where) -> None:
         none = torch.zeros(0, 5, requires_grad=True)
         assert where.call(loss, none, none.detach(), reduction="sum").item() == 0
         assert math.isnan(where.call(loss, none, none.detach(), reduction="mean").item())
+    for delta in (1e-15, 1e-3, 1.0, 300.0, 1e15):
+        for kind in ("pseudo", "smooth_l1"):
+            h.check(where, "logit_huber", student, teacher, delta=delta, kind=kind, grads="st", reduction="none")
     for tau, teacher_tau in ((3.0, 1.5), (1.0, 50.0), (20.0, 0.3)):
         h.check(where, "kl_div_tau", student, teacher, tau=tau, teacher_tau=teacher_tau, grads="st")
     h.check(where, "kl_div_tau", student[..., :1], teacher[..., :1], tau=3.0, teacher_tau=1.5, grads="st")
@@ -144,7 +152,14 @@ def specials(where: h.Where) -> None:
             h.check(where, "kl_div_tau", student, teacher, tau=tau, grads="st", reduction="none")
             h.check(where, "kl_div_tau", student, teacher, tau=tau, row_weight=torch.tensor([1.0, 1, 0, 0, 0, 1]))
         both = student[:1], teacher[:1]
-        for loss, extra in (("logit_mse", {}), ("logit_mse", {"center": True}), ("kl_div_tau", {"tau": math.inf})):
+        for loss, extra in (
+            ("logit_mse", {}),
+            ("logit_mse", {"center": True}),
+            ("kl_div_tau", {"tau": math.inf}),
+            ("logit_huber", {}),
+            ("logit_huber", {"kind": "smooth_l1"}),
+            ("logit_huber", {"center": True}),
+        ):
             h.check(where, loss, *both, grads="st", **extra)
             got = where.run(loss, student, teacher, grads="", reduction="none", **extra).loss
             assert got[2] == h.INF and got[3:5].isnan().all() and got[[0, 5]].isfinite().all(), (loss, extra, got)
@@ -164,7 +179,7 @@ def specials(where: h.Where) -> None:
 
 def strides(where: h.Where) -> None:
     student, teacher = h.logits("typical", (3, 4, 20))
-    for loss in ("kl_div_tau", "logit_mse"):
+    for loss in ("kl_div_tau", "logit_mse", "logit_huber"):
         h.check(where, loss, student, teacher, grads="st", view=lambda x: x[:, :-1])
         h.check(where, loss, student, teacher, grads="st", view=lambda x: x.transpose(0, 1))
         h.check(where, loss, student, teacher, grads="s", view=lambda x: x[..., 1:-3])
@@ -189,7 +204,7 @@ def agreement(where: h.Where) -> None:
     @given(
         rows=st.integers(1, 3), k=st.integers(1, 70), tau=st.sampled_from((0.05, 0.3, 1.0, 4.0, 20.0, 1e3, 1e6, math.inf)),
         spread=st.floats(0, 8), noise=st.floats(1e-2, 4), pair=st.sampled_from(tuple(h.PAIRS)), seed=st.integers(0, 1000),
-        loss=st.sampled_from(("kl_div_tau", "logit_mse")), masked=st.booleans(), weighted=st.booleans(),
+        loss=st.sampled_from(("kl_div_tau", "logit_mse", "logit_huber")), masked=st.booleans(), weighted=st.booleans(),
     )  # fmt: skip
     def agree(
         rows: int,
@@ -210,6 +225,7 @@ def agreement(where: h.Where) -> None:
         if masked and k > 3:
             student[:, k // 2] = teacher[:, k // 2] = -h.INF
         options = {"tau": tau} if loss == "kl_div_tau" else {"center": k > 20}
+        options |= {"kind": ("pseudo", "smooth_l1")[seed % 2]} if loss == "logit_huber" else {}
         options |= {"row_weight": torch.from_numpy(rng.random(rows))} if weighted else {}
         truth = h.oracle(loss, student, teacher, **options)
         ours = where.run(loss, student, teacher, grads="st", **options)
@@ -237,6 +253,11 @@ def gradcheck() -> None:
     for center in (False, True):
         call = lambda s, t, c=center: kdfast.logit_mse(s, t, center=c, backend="triton")  # noqa: E731
         assert torch.autograd.gradcheck(call, (student, teacher))
+        for kind in ("pseudo", "smooth_l1"):
+            call = lambda s, t, o=(0.7, kind, center): kdfast.logit_huber(  # noqa: E731
+                s, t, o[0], kind=o[1], center=o[2], backend="triton"
+            )
+            assert torch.autograd.gradcheck(call, (student, teacher))
     assert torch.autograd.gradgradcheck(lambda s, t: kdfast.kl_div_tau(s, t, 2.0, backend="triton"), (student, teacher))
 
 
@@ -272,12 +293,15 @@ def emulate(counts: Path) -> None:
                 h.check(where, "kl_div_tau", student, teacher, tau=4.0, reduction="mean", grads=grads, truth=truth)
             begin(k, pair, rows * k, "mse")
             h.check(where, "logit_mse", student, teacher)
+            begin(k, pair, rows * k, "huber")
+            h.check(where, "logit_huber", student, teacher)
     begin(0, "", 0, "")
     student, teacher = h.logits("typical", (4, 3, 24), h.PAIRS["bf16"])
     weight = torch.rand(4, 3, generator=torch.Generator().manual_seed(0)) > 0.4
-    for loss in ("kl_div_tau", "logit_mse"):
+    for loss in ("kl_div_tau", "logit_mse", "logit_huber"):
         h.check(where, loss, student, teacher, row_weight=weight, reduction="mean", num_classes=20, grads="st")
     h.check(where, "kl_div_tau", *h.logits("typical", (3, 5000)), tau=math.inf, grads="s")
+    h.check(where, "logit_huber", *h.logits("typical", (3, 5000)), center=True, kind="smooth_l1", grads="st")
     h.check(where, "kl_div_tau", *h.logits("typical", (3, 900), h.PAIRS["fp64"]), tau=4.0, grads="s")
 
 
@@ -323,9 +347,13 @@ def compile_for(capability: int) -> None:
     for k in shapes:
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
             student, teacher, one = torch.zeros(4, k, dtype=dtype), torch.zeros(4, k, dtype=dtype), torch.ones(())
-            for loss, extra in (("kl_div_tau", (4.0, 4.0, True)), ("logit_mse", (True, True))):
+            for loss, extra, numbers in (
+                ("kl_div_tau", (4.0, 4.0, True), 9),
+                ("logit_mse", (True, True), 4),
+                ("logit_huber", (1.0, False, True), 5),
+            ):
                 rest = (None, None, None, 3, -1, *extra)
-                stats = torch.zeros(4, 9 if loss == "kl_div_tau" else 4)
+                stats = torch.zeros(4, numbers)
                 OPERATORS[f"{loss}_forward"](student, teacher, *rest)
                 OPERATORS[f"{loss}_forward_grad"](student, teacher, *rest)
                 if k in (1000, 32000) and capability == 90:

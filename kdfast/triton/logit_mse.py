@@ -1,4 +1,4 @@
-"""Squared difference of the logits in Triton: the operators logit_mse_* of csrc/ops.cpp.
+"""Squared difference of the logits in Triton: the operators logit_mse_* of csrc/ops.cpp, and the kernels of those of logit_huber.py.
 
 Without `center` a row needs nothing of itself: loss and gradient come from one read at any number of classes. With it, a row of up to a
 few thousand classes lies in one program's registers, and a longer one goes through block by block, its gradient in a second pass.
@@ -27,6 +27,44 @@ from kdfast.triton.launch import (
 )
 
 STATS = 4  # MseStat of csrc/kl_math.h: s_offset, t_offset, mean, 1 / classes counted; with `center` only
+
+# KIND, the function of the differences that is summed, and which constant factor it leaves to `scale`:
+#   "square"     d^2
+#   "pseudo"     delta (sqrt(1 + (d / delta)^2) - 1)           times delta
+#   "smooth_l1"  d^2 / (2 delta) where |d| < delta, else |d| - delta / 2
+
+
+@triton.jit
+def _in_deltas(d, delta, F: tl.constexpr, KIND: tl.constexpr):
+    """d / delta, up to where the function is a straight line. NaN for NaN."""
+    bound: tl.constexpr = 1.0 if KIND == "smooth_l1" else 1e18
+    r = d * number(1.0 / delta, F)
+    return tl.where(r > bound, bound, tl.where(r < -bound, -bound, r))
+
+
+@triton.jit
+def _value(d, delta, F: tl.constexpr, KIND: tl.constexpr):
+    if KIND == "square":
+        return d * d
+    else:
+        r = _in_deltas(d, delta, F, KIND)
+        if KIND == "pseudo":
+            return d * (r / (tl.sqrt(r * r + 1.0) + 1.0))  # without the cancellation
+        else:
+            return r * (d - r * number(0.5 * delta, F))
+
+
+@triton.jit
+def _slope(d, delta, F: tl.constexpr, KIND: tl.constexpr):
+    """The derivative of _value."""
+    if KIND == "square":
+        return d + d
+    else:
+        r = _in_deltas(d, delta, F, KIND)
+        if KIND == "pseudo":
+            return r / tl.sqrt(r * r + 1.0)
+        else:
+            return r
 
 
 @triton.jit
@@ -72,8 +110,8 @@ def _moments(s, t, s_offset, t_offset, F: tl.constexpr):
 @triton.jit(do_not_specialize=["rows"])
 def rows_kernel(
     student, student_layout, teacher, teacher_layout, row_weight, weight_stride, rows, classes,
-    scale: "fp64", divisor: "fp64", divisor_tensor, loss, grad_student, grad_layout, width,
-    F: tl.constexpr, PER_ROW: tl.constexpr, R: tl.constexpr, C: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
+    scale: "fp64", delta: "fp64", divisor: "fp64", divisor_tensor, loss, grad_student, grad_layout, width,
+    F: tl.constexpr, KIND: tl.constexpr, PER_ROW: tl.constexpr, R: tl.constexpr, C: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """R rows without `center`: their loss and, where wanted, the student's gradient."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -87,9 +125,9 @@ def rows_kernel(
         s = load_tile(student, student_layout, row, k, mask, F, V)
         t = load_tile(teacher, teacher_layout, row, k, mask, F, V)
         d, _counts = _differences(s, t)
-        total += d * d
+        total += _value(d, delta, F, KIND)
         if grad_student is not None:
-            g = d * (2.0 * factor * grad_scale(divisor, divisor_tensor, F))[:, None]
+            g = _slope(d, delta, F, KIND) * (factor * grad_scale(divisor, divisor_tensor, F))[:, None]
             store_gradient(grad_student, grad_layout, width, row, k, rows, classes, g, V, PADDED)
     store_loss(loss, row, rows, tl.where(used, tl.sum(total, 1) * factor, 0.0), PER_ROW)
 
@@ -97,9 +135,9 @@ def rows_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def centred_kernel(
     student, student_layout, teacher, teacher_layout, row_weight, weight_stride, rows, classes,
-    scale: "fp64", divisor: "fp64", divisor_tensor, loss, row_stats, grad_student, grad_layout, width,
-    F: tl.constexpr, PER_CLASS: tl.constexpr, PER_ROW: tl.constexpr, R: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr,
-    RESIDENT: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
+    scale: "fp64", delta: "fp64", divisor: "fp64", divisor_tensor, loss, row_stats, grad_student, grad_layout, width,
+    F: tl.constexpr, KIND: tl.constexpr, STATS: tl.constexpr, PER_CLASS: tl.constexpr, PER_ROW: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr, RESIDENT: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """R rows with `center`: their loss and statistics and, where they are resident, the student's gradient where wanted. EXACT: sixteen
     bits a logit, whose differences need no offset."""
@@ -115,9 +153,10 @@ def centred_kernel(
         t = load_tile(teacher, teacher_layout, row, k, mask, F, V)
         if not EXACT:
             s_offset, t_offset = _offsets(s, t, F)
-        d, counts, n, mean, squares = _moments(s, t, s_offset, t_offset, F)
+        d, counts, n, mean, total = _moments(s, t, s_offset, t_offset, F)
+        d = tl.where(counts, d - mean[:, None], 0.0)
     else:
-        n, mean, squares = tl.zeros([R], F), tl.zeros([R], F), tl.zeros([R], F)
+        n, mean, total = tl.zeros([R], F), tl.zeros([R], F), tl.zeros([R], F)
         for start in range(0, classes, C):
             mask = used[:, None] & (start + k < end)[None, :]
             s = load_tile(student, student_layout, row, start + k, mask, F, V)
@@ -129,22 +168,41 @@ def centred_kernel(
             # Two parts of a row as one: all terms are positive.
             share = block_n / tl.maximum(n + block_n, 1.0)
             apart = tl.where(n > 0.0, block_mean - mean, 0.0)
-            squares += block_squares + apart * apart * (n * share)
+            total += block_squares + apart * apart * (n * share)
             mean = tl.where(n > 0.0, mean + apart * share, block_mean)
             n += block_n
     row_scale = number(scale, F)
     inv_n = 1.0 / n
+    mean_slope = tl.zeros([R], F)  # of the squares
+    if KIND != "square":
+        if RESIDENT:
+            total = tl.sum(_value(d, delta, F, KIND), 1)
+            mean_slope = tl.sum(_slope(d, delta, F, KIND), 1)
+        else:
+            total = tl.zeros([R], F)
+            for start in range(0, classes, C):
+                mask = used[:, None] & (start + k < end)[None, :]
+                s = load_tile(student, student_layout, row, start + k, mask, F, V)
+                t = load_tile(teacher, teacher_layout, row, start + k, mask, F, V)
+                d, counts = _differences(s - s_offset[:, None], t - t_offset[:, None])
+                d = tl.where(counts, d - mean[:, None], 0.0)
+                total += tl.sum(_value(d, delta, F, KIND), 1)
+                mean_slope += tl.sum(_slope(d, delta, F, KIND), 1)
+        mean_slope *= inv_n
     if PER_CLASS:
         row_scale = row_scale * inv_n
-    store_loss(loss, row, rows, tl.where(used, squares * row_scale * weight, 0.0), PER_ROW)
+    store_loss(loss, row, rows, tl.where(used, total * row_scale * weight, 0.0), PER_ROW)
     if row_stats is not None:
-        tl.store(row_stats + row * 4, s_offset, mask=row < rows)
-        tl.store(row_stats + row * 4 + 1, t_offset, mask=row < rows)
-        tl.store(row_stats + row * 4 + 2, mean, mask=row < rows)
-        tl.store(row_stats + row * 4 + 3, inv_n, mask=row < rows)
+        at = row_stats + row * STATS
+        tl.store(at, s_offset, mask=row < rows)
+        tl.store(at + 1, t_offset, mask=row < rows)
+        tl.store(at + 2, mean, mask=row < rows)
+        tl.store(at + 3, inv_n, mask=row < rows)
+        if KIND != "square":
+            tl.store(at + 4, mean_slope, mask=row < rows)
     if RESIDENT and grad_student is not None:
-        factor = tl.where(used, 2.0 * grad_scale(divisor, divisor_tensor, F) * weight * row_scale, 0.0)
-        g = tl.where(counts, (d - mean[:, None]) * factor[:, None], 0.0)
+        factor = tl.where(used, grad_scale(divisor, divisor_tensor, F) * weight * row_scale, 0.0)
+        g = tl.where(counts, (_slope(d, delta, F, KIND) - mean_slope[:, None]) * factor[:, None], 0.0)
         for start in range(0, width if PADDED else 1, C):  # beyond the first tile all is padding
             store_gradient(grad_student, grad_layout, width, row, start + k, rows, classes, g, V, PADDED)
 
@@ -152,9 +210,10 @@ def centred_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def gradient_kernel(
     student, student_layout, teacher, teacher_layout, row_weight, weight_stride, rows, classes,
-    scale: "fp64", divisor: "fp64", divisor_tensor, row_stats, grad_loss, grad_loss_stride,
+    scale: "fp64", delta: "fp64", divisor: "fp64", divisor_tensor, row_stats, grad_loss, grad_loss_stride,
     grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width, blocks,
-    F: tl.constexpr, PER_CLASS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
+    F: tl.constexpr, KIND: tl.constexpr, STATS: tl.constexpr, PER_CLASS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """A tile of R rows and C classes of the gradients."""
     tile = tl.program_id(0).to(tl.int64)
@@ -165,19 +224,23 @@ def gradient_kernel(
     mask = used[:, None] & (k < aligned(classes, V))[None, :]
     s = load_tile(student, student_layout, row, k, mask, F, V)
     t = load_tile(teacher, teacher_layout, row, k, mask, F, V)
-    factor = 2.0 * grad_scale(divisor, divisor_tensor, F) * weight * number(scale, F)
+    factor = grad_scale(divisor, divisor_tensor, F) * weight * number(scale, F)
     factor *= grad_loss_of(grad_loss, grad_loss_stride, row, rows, F)
     if row_stats is not None:
-        at = row_stats + row * 4
+        at = row_stats + row * STATS
         s -= tl.load(at, mask=used, other=0.0)[:, None]
         t -= tl.load(at + 1, mask=used, other=0.0)[:, None]
         d, counts = _differences(s, t)
-        d = tl.where(counts, d - tl.load(at + 2, mask=used, other=0.0)[:, None], 0.0)
+        slope = _slope(d - tl.load(at + 2, mask=used, other=0.0)[:, None], delta, F, KIND)
+        if KIND != "square":
+            slope -= tl.load(at + 4, mask=used, other=0.0)[:, None]
+        slope = tl.where(counts, slope, 0.0)
         if PER_CLASS:
             factor *= tl.load(at + 3, mask=used, other=0.0)
     else:
         d, _counts = _differences(s, t)
-    g = d * tl.where(used, factor, 0.0)[:, None]
+        slope = _slope(d, delta, F, KIND)
+    g = slope * tl.where(used, factor, 0.0)[:, None]
     if grad_student is not None:
         store_gradient(grad_student, student_grad_layout, student_width, row, k, rows, classes, g, V, PADDED)
     if grad_teacher is not None:
@@ -187,13 +250,27 @@ def gradient_kernel(
 # ---- on the host -----------------------------------------------------------------------------------------------------------------
 
 
-class LogitMse(Call):
-    def __init__(self, student: Tensor, teacher: Tensor, *rest: Any) -> None:
-        *options, self.center, self.per_class = rest
+class LogitDifference(Call):
+    """What is summed is a function of the differences: KIND, above."""
+
+    def __init__(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        options: Any,
+        kind: str,
+        center: bool,
+        per_class: bool,
+        scale: float,
+        delta: float = 1.0,
+    ) -> None:
         super().__init__(student, teacher, *options)
-        self.stats = STATS if self.center else 0
-        self.per_row = 1 if self.per_class else self.classes
-        self.scale = 0.5 if self.per_class else 1.0
+        self.center = center
+        self.stats = (STATS if kind == "square" else STATS + 1) if center else 0
+        self.per_row = 1 if per_class else self.classes
+        self.parameters = scale, delta
+        self.constants["KIND"] = kind
+        self.of_centred = {"STATS": self.stats, "PER_CLASS": per_class}
         self.exact = student.element_size() == 2 and teacher.element_size() == 2
 
     def launch_forward(
@@ -206,15 +283,15 @@ class LogitMse(Call):
             loss = self.empty((programs,))
         if not self.center:
             rows_kernel[(programs,)](
-                *self.inputs, self.scale, *divisor, loss, *gradient_args(gradient),
+                *self.inputs, *self.parameters, *divisor, loss, *gradient_args(gradient),
                 **self.constants, PER_ROW=per_row, R=r, C=c, num_warps=warps,
             )  # fmt: skip
             return loss
         if row_stats is None and not resident:
             row_stats = self.empty((self.rows, STATS))
         centred_kernel[(programs,)](
-            *self.inputs, self.scale, *divisor, loss, row_stats, *gradient_args(gradient if resident else None),
-            **self.constants, PER_CLASS=self.per_class, PER_ROW=per_row, R=r, C=c, EXACT=self.exact, RESIDENT=resident,
+            *self.inputs, *self.parameters, *divisor, loss, row_stats, *gradient_args(gradient if resident else None),
+            **self.constants, **self.of_centred, PER_ROW=per_row, R=r, C=c, EXACT=self.exact, RESIDENT=resident,
             num_warps=warps,
         )  # fmt: skip
         if gradient is not None and row_stats is not None:
@@ -234,10 +311,10 @@ class LogitMse(Call):
         r = max(1, 1024 // c)
         blocks = triton.cdiv(width, c)
         gradient_kernel[(triton.cdiv(self.rows, r) * blocks,)](
-            *self.inputs, self.scale, *divisor, row_stats if self.center else None,
+            *self.inputs, *self.parameters, *divisor, row_stats if self.center else None,
             grad_loss, 0 if grad_loss is None or one_number(grad_loss) else 1,
             *gradient_args(grad_student), *gradient_args(grad_teacher), blocks,
-            **self.constants, PER_CLASS=self.per_class, R=r, C=c, num_warps=2 if c <= 32 else 4,
+            **self.constants, **self.of_centred, R=r, C=c, num_warps=2 if c <= 32 else 4,
         )  # fmt: skip
 
 
@@ -254,6 +331,12 @@ def forward_tile(classes: int, itemsize: int, center: bool, with_gradient: bool)
     else:
         warps = max(4, min(16, c // (256 if double else 512)))
     return max(1, (512 if double else 1024) // c), c, warps, resident
+
+
+class LogitMse(LogitDifference):
+    def __init__(self, student: Tensor, teacher: Tensor, *rest: Any) -> None:
+        *options, center, tau_limit = rest
+        super().__init__(student, teacher, options, "square", center, tau_limit, 0.5 if tau_limit else 1.0)
 
 
 OPERATORS = operators(LogitMse)
