@@ -175,7 +175,7 @@ def logit_huber(
     delta = _number(
         "delta",
         delta,
-        "a number from 1e-15 to 1e15",  # (torch.compile cannot format a number)
+        "a number from 1e-15 to 1e+15",  # (torch.compile cannot format a number)
         lambda x: SMALLEST_DELTA <= x <= LARGEST_DELTA,
     )
     if kind not in HUBER_KINDS:
