@@ -165,14 +165,27 @@ KDFAST_INLINE double power_of_two(double x) {
 }
 
 // The shift `d` between student and teacher in units of 2^-7 of the power of two at or below `size`, the largest finite
-// magnitude of the logits. It is subtracted from the side that has the larger logit at the teacher's maximum, which carries it.
-// Being that coarse, its subtraction from a logit rounds nothing away but where it is far larger than the logit, and a shift
-// too small to matter is left alone (0).
+// magnitude of the logits. Being that coarse, its subtraction from a logit rounds nothing away but where it is far larger than
+// the logit, and a shift too small to matter is left alone (0).
 template <class F>
 KDFAST_INLINE F row_offset(F d, F size) {
   constexpr F round = sizeof(F) == 4 ? F(12582912.0) : F(6755399441055744.0);  // 1.5 * 2^23, 1.5 * 2^52
   const F big = round * (power_of_two(size) / 128), offset = (d + big) - big;
   return offset - offset == 0 ? offset : F(0);  // not finite: a row with infinities or NaN
+}
+
+// What a row's logits are read with, from those at the teacher's largest and, at equal temperatures, the row's offset: that is
+// subtracted from the side that has the larger logit there, which carries the shift.
+template <class F>
+struct Origin {
+  F s_offset, t_offset, centre;
+};
+template <class F>
+KDFAST_INLINE Origin<F> origin(bool equal, F s_j, F t_j, F offset) {
+  if (!equal) return {s_j, t_j, 0};
+  const bool on_student = (s_j < 0 ? -s_j : s_j) >= (t_j < 0 ? -t_j : t_j);
+  const F s_offset = on_student ? offset : F(0), t_offset = on_student ? F(0) : -offset;
+  return {s_offset, t_offset, (s_j - s_offset) - (t_j - t_offset)};
 }
 
 template <class F>

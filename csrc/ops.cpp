@@ -191,8 +191,8 @@ Args make_args(Tensor& student, Tensor& teacher, const Options& options, int64_t
   for (int64_t d = 0; d < last; ++d)
     STD_TORCH_CHECK(student.size(d) == teacher.size(d), "kdfast: student and teacher must have the same leading dimensions");
   const int64_t classes = num_classes < 0 ? student.size(last) : num_classes;
-  STD_TORCH_CHECK(classes <= student.size(last) && classes <= teacher.size(last),
-                  "kdfast: num_classes exceeds the logits' width");
+  STD_TORCH_CHECK(classes >= 1 && classes <= student.size(last) && classes <= teacher.size(last),
+                  "kdfast: num_classes must be from 1 to the logits' width");
   STD_TORCH_CHECK((student.stride(last) == 1 && teacher.stride(last) == 1) || classes <= 1,
                   "kdfast: the class dimension must have stride 1");
   STD_TORCH_CHECK(int(options.reduction) >= 0 && int(options.reduction) <= 3, "kdfast: unknown reduction");

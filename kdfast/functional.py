@@ -25,6 +25,7 @@ DENOMINATOR_DTYPES = (*LOGIT_DTYPES, torch.int64, torch.int32)
 
 SMALLEST_TAU = 1e-15
 SMALLEST_DELTA, LARGEST_DELTA = 1e-15, 1e15
+DELTA_TAKEN = f"a number from {SMALLEST_DELTA:g} to {LARGEST_DELTA:g}"  # here: torch.compile cannot format a number
 # From here on a float32 computation takes the limit itself: the loss differs from it by less than |s - t| / tau, and tau**2 nears
 # the end of the exponent range.
 LIMIT_TAU = 1e10
@@ -172,12 +173,7 @@ def logit_huber(
         reduction: as for logit_mse; "mean", the default, divides by rows * K.
     """
     _check_logits(student_logits, teacher_logits)
-    delta = _number(
-        "delta",
-        delta,
-        "a number from 1e-15 to 1e+15",  # (torch.compile cannot format a number)
-        lambda x: SMALLEST_DELTA <= x <= LARGEST_DELTA,
-    )
+    delta = _number("delta", delta, DELTA_TAKEN, lambda x: SMALLEST_DELTA <= x <= LARGEST_DELTA)
     if kind not in HUBER_KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, HUBER_KINDS))}; got {kind!r}")
     return _call(

@@ -1,5 +1,7 @@
 """The losses as modules. Each holds the options of its function and calls it."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from kdfast import functional
@@ -15,6 +17,17 @@ class _LogitLoss(nn.Module):
         self.num_classes = num_classes
         self.inplace_backward = inplace_backward
         self.backend = backend
+
+    def _options(self, row_weight: Tensor | None, denominator: Number | Tensor | None) -> dict[str, Any]:
+        """The arguments that every loss takes."""
+        return {
+            "reduction": self.reduction,
+            "row_weight": row_weight,
+            "denominator": denominator,
+            "num_classes": self.num_classes,
+            "inplace_backward": self.inplace_backward,
+            "backend": self.backend,
+        }
 
     def extra_repr(self) -> str:
         options = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "training"}
@@ -54,12 +67,7 @@ class KLDivTau(_LogitLoss):
             self.tau,
             teacher_tau=self.teacher_tau,
             scale_by_tau_squared=self.scale_by_tau_squared,
-            reduction=self.reduction,
-            row_weight=row_weight,
-            denominator=denominator,
-            num_classes=self.num_classes,
-            inplace_backward=self.inplace_backward,
-            backend=self.backend,
+            **self._options(row_weight, denominator),
         )
 
 
@@ -90,12 +98,7 @@ class LogitMSE(_LogitLoss):
             student_logits,
             teacher_logits,
             center=self.center,
-            reduction=self.reduction,
-            row_weight=row_weight,
-            denominator=denominator,
-            num_classes=self.num_classes,
-            inplace_backward=self.inplace_backward,
-            backend=self.backend,
+            **self._options(row_weight, denominator),
         )
 
 
@@ -132,12 +135,7 @@ class LogitHuber(_LogitLoss):
             self.delta,
             kind=self.kind,
             center=self.center,
-            reduction=self.reduction,
-            row_weight=row_weight,
-            denominator=denominator,
-            num_classes=self.num_classes,
-            inplace_backward=self.inplace_backward,
-            backend=self.backend,
+            **self._options(row_weight, denominator),
         )
 
 
@@ -184,11 +182,6 @@ class KDLoss(_LogitLoss):
             soft=self.soft,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
-            reduction=self.reduction,
-            row_weight=row_weight,
-            denominator=denominator,
-            num_classes=self.num_classes,
             return_parts=self.return_parts,
-            inplace_backward=self.inplace_backward,
-            backend=self.backend,
+            **self._options(row_weight, denominator),
         )

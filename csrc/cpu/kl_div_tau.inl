@@ -75,7 +75,7 @@ struct KlRow {
     V s_max = splat<V>(-inf), t_max = s_max, s_at_t_max = s_max, s_min = splat<V>(inf), t_min = s_min, d_max = s_max,
       d_min = s_min;
     // (What fills the last vector changes no extremum.)
-    const F s_first = load<V>(student, First{classes > 0}, 0)[0], t_first = load<V>(teacher, First{classes > 0}, 0)[0];
+    const F s_first = load<V>(student, First{1}, 0)[0], t_first = load<V>(teacher, First{1}, 0)[0];
     for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
       const V s = student_logits(i, lanes, s_first), t = teacher_logits(i, lanes, t_first), d = s - t;
       s_at_t_max = t > t_max ? s : s_at_t_max;
@@ -96,17 +96,11 @@ struct KlRow {
       s_j = k.ratio * t_j;  // the loss is infinite (the teacher has mass there): any finite reference will show it
     stat[KlStat::t_max] = t_j;
     stat[KlStat::s_max] = s_top == -inf ? 0 : s_top;
-    if (k.equal) {
-      const F offset = kSixteenBits ? F(0) : math::row_offset(s_j - t_j, largest(size));
-      const bool on_student = s_j * s_j >= t_j * t_j;
-      stat[KlStat::s_offset] = on_student ? offset : 0;
-      stat[KlStat::t_offset] = on_student ? 0 : -offset;
-      stat[KlStat::centre] = (s_j - stat[KlStat::s_offset]) - (t_j - stat[KlStat::t_offset]);
-    } else {
-      stat[KlStat::s_offset] = s_j;
-      stat[KlStat::t_offset] = t_j;
-      stat[KlStat::centre] = 0;
-    }
+    const F offset = kSixteenBits || !k.equal ? F(0) : math::row_offset(s_j - t_j, largest(size));
+    const auto origin = math::origin(k.equal, s_j, t_j, offset);
+    stat[KlStat::s_offset] = origin.s_offset;
+    stat[KlStat::t_offset] = origin.t_offset;
+    stat[KlStat::centre] = origin.centre;
     rest = (stat[KlStat::s_max] - s_j) * k.inv_tau;
     const F reach = kNarrow / k.inv_tau, d_j = s_j - t_j;
     narrow = k.equal && !masked && !any(vmax(d_max - d_j, d_j - d_min) <= reach ? IntOf<V>{} : ~IntOf<V>{});
@@ -367,7 +361,8 @@ struct KlDivTau {
   // Rows of few classes go through each pass together: what a row waits for between two passes is then another row's work.
   static constexpr int kTogether = 16, kTogetherClasses = 2048;
   static constexpr int kKeptRows = Hard::kStats > 0 ? 3 : 2;
-  // Rows longer than this do not keep w and v, which would drive the logits out of the cache.
+  // Rows longer than this (with their logits: three quarters of a 2 MiB cache) do not keep w and v, which would drive the
+  // logits out of it.
   static constexpr int64_t kKeptBytes = 3 << 19;
 
   // Writes the student's gradient too, where it is wanted.
@@ -442,7 +437,8 @@ struct KlDivTau {
   struct Forward {
     static void run(const Args& args, int64_t begin, int64_t end) {
       const int64_t bytes = args.classes * int64_t(sizeof(S) + sizeof(T) + kKeptRows * sizeof(F));
-      args.grad_student.data&& bytes <= kKeptBytes ? forward<true>(args, begin, end) : forward<false>(args, begin, end);
+      const bool keep = args.grad_student.data != nullptr && bytes <= kKeptBytes;
+      keep ? forward<true>(args, begin, end) : forward<false>(args, begin, end);
     }
   };
   struct Backward {

@@ -87,11 +87,10 @@ struct KlDivTau {
     Difference() = default;
     // s_j and t_j: logits of the class where the teacher's is largest; size: the largest finite magnitude.
     __device__ __forceinline__ Difference(const Parameters& p, float s_j, float t_j, float size) : ratio(p.ratio) {
-      const float offset = p.exact ? 0.f : p.equal ? math::row_offset(s_j - t_j, size) : 0.f;
-      const bool on_student = fabsf(s_j) >= fabsf(t_j);
-      s_offset = !p.equal ? s_j : on_student ? offset : 0.f;
-      t_offset = !p.equal ? t_j : on_student ? 0.f : -offset;
-      centre = p.equal ? (s_j - s_offset) - (t_j - t_offset) : 0.f;
+      const auto origin = math::origin(p.equal, s_j, t_j, p.exact || !p.equal ? 0.f : math::row_offset(s_j - t_j, size));
+      s_offset = origin.s_offset;
+      t_offset = origin.t_offset;
+      centre = origin.centre;
     }
     __device__ __forceinline__ explicit Difference(const Parameters& p, const float* stat)
         : ratio(p.ratio), s_offset(stat[KlStat::s_offset]), t_offset(stat[KlStat::t_offset]), centre(stat[KlStat::centre]) {}
@@ -558,15 +557,10 @@ __global__ void __launch_bounds__(256, 1)
     if (s_j[0] == -INFINITY) s_j[0] = row.ratio * t_j;
     stat[KlStat::t_max] = t_j;
     stat[KlStat::s_max] = top[1] == -INFINITY ? 0 : top[1];
-    if (row.equal) {
-      const double offset = math::row_offset(s_j[0] - t_j, top[2]);
-      (fabs(s_j[0]) >= fabs(t_j) ? stat[KlStat::s_offset] : stat[KlStat::t_offset]) =
-          fabs(s_j[0]) >= fabs(t_j) ? offset : -offset;
-      stat[KlStat::centre] = (s_j[0] - stat[KlStat::s_offset]) - (t_j - stat[KlStat::t_offset]);
-    } else {
-      stat[KlStat::s_offset] = s_j[0];
-      stat[KlStat::t_offset] = t_j;
-    }
+    const auto origin = math::origin(row.equal, s_j[0], t_j, row.equal ? math::row_offset(s_j[0] - t_j, top[2]) : 0);
+    stat[KlStat::s_offset] = origin.s_offset;
+    stat[KlStat::t_offset] = origin.t_offset;
+    stat[KlStat::centre] = origin.centre;
 
     double sum[3] = {0, 0, 0};
     for (int64_t k = team.lane; k < args.classes; k += team.size) {

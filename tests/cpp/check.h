@@ -96,6 +96,17 @@ class Matrix {
   std::vector<unsigned char> bytes_;
 };
 
+// What every loss's arguments have in common.
+template <class Args>
+Args args_for(const Matrix& student, const Matrix& teacher, int64_t classes) {
+  Args args;
+  args.student = student.logits();
+  args.teacher = teacher.logits();
+  args.rows = student.rows;
+  args.classes = classes;
+  return args;
+}
+
 inline Matrix random_logits(DType dtype, int64_t rows, int64_t width, unsigned seed, double spread = 3, int64_t gap = 3) {
   Matrix matrix(dtype, rows, width, gap);
   std::mt19937 generator(seed);
@@ -106,6 +117,13 @@ inline Matrix random_logits(DType dtype, int64_t rows, int64_t width, unsigned s
 }
 
 inline DType compute_type(DType a, DType b) { return a == DType::f64 || b == DType::f64 ? DType::f64 : DType::f32; }
+
+inline double total(const void* row_loss, DType type, int64_t rows) {
+  double sum = 0;
+  for (int64_t r = 0; r < rows; ++r)
+    sum += type == DType::f64 ? static_cast<const double*>(row_loss)[r] : static_cast<const float*>(row_loss)[r];
+  return sum;
+}
 
 // Relative errors that are allowed: of a batch's loss, and of a gradient (L2) before it is rounded to its dtype.
 inline double loss_budget(DType computed) { return computed == DType::f64 ? 1e-13 : 5e-6; }

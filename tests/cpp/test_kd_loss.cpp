@@ -66,11 +66,7 @@ void run(Matrix student, const Matrix& teacher, int64_t classes, const Form& for
   std::vector<double> hard(rows), soft(rows), whole(rows),
       row_stats(rows * (int(kdfast::KlStat::count) + int(kdfast::HardStat::count)));
   Matrix grad_student(student.dtype, rows, student.width, 1), grad_teacher(teacher.dtype, rows, teacher.width, 5);
-  kdfast::KdLossArgs args;
-  args.student = student.logits();
-  args.teacher = teacher.logits();
-  args.rows = rows;
-  args.classes = classes;
+  auto args = args_for<kdfast::KdLossArgs>(student, teacher, classes);
   args.soft = form.soft;
   args.tau = args.teacher_tau = form.tau;
   args.scale = form.soft == kdfast::Soft::kl ? form.tau * form.tau : 1;
@@ -87,9 +83,7 @@ void run(Matrix student, const Matrix& teacher, int64_t classes, const Form& for
   args.grad_student = grad_student.gradient();
   kdfast::cpu::kd_loss_forward(args, 0, rows);
 
-  Real loss = 0;
-  for (int64_t r = 0; r < rows; ++r)
-    loss += computed == DType::f64 ? whole[r] : reinterpret_cast<const float*>(whole.data())[r];
+  const Real loss = total(whole.data(), computed, rows);
   const Real error = std::abs(loss - expected);
   check_error(expected > 0 ? error / expected : error, loss_budget(computed), name + " loss");
   check_gradient(grad_student, expected_student, computed, name + " student's gradient, forward");

@@ -40,24 +40,13 @@ Truth oracle(const Matrix& student, const Matrix& teacher, const kdfast::KlDivTa
   return truth;
 }
 
-double total(const void* row_loss, DType type, int64_t rows) {
-  double sum = 0;
-  for (int64_t r = 0; r < rows; ++r)
-    sum += type == DType::f64 ? static_cast<const double*>(row_loss)[r] : static_cast<const float*>(row_loss)[r];
-  return sum;
-}
-
 void run(Matrix student, const Matrix& teacher, int64_t classes, double tau, double teacher_tau, const std::string& name) {
   const int64_t rows = student.rows;
   std::vector<float> weight(rows), grad_loss(rows);
   for (int64_t r = 0; r < rows; ++r)
     weight[r] = r % 3 == 1 ? 0.f : 0.5f + float(r % 3), grad_loss[r] = 0.25f * float(1 + r % 5);
 
-  kdfast::KlDivTauArgs args;
-  args.student = student.logits();
-  args.teacher = teacher.logits();
-  args.rows = rows;
-  args.classes = classes;
+  auto args = args_for<kdfast::KlDivTauArgs>(student, teacher, classes);
   args.tau = tau;
   args.teacher_tau = teacher_tau;
   args.scale = tau * tau;
@@ -129,11 +118,7 @@ void masked_classes() {
   student.set(3, 7, -kInf);  // where the teacher has mass
   student.set(1, 7, kNan);
   std::vector<float> row_loss(4);
-  kdfast::KlDivTauArgs args;
-  args.student = student.logits();
-  args.teacher = teacher.logits();
-  args.rows = 4;
-  args.classes = 37;
+  auto args = args_for<kdfast::KlDivTauArgs>(student, teacher, 37);
   args.row_loss = row_loss.data();
   kdfast::cpu::kl_div_tau_forward(args, 0, 4);
   check(std::isfinite(row_loss[0]) && std::isfinite(row_loss[2]), "NaN and inf stay in their rows");

@@ -49,11 +49,7 @@ void run(Matrix student, const Matrix& teacher, int64_t classes, const Form& for
   const DType computed = compute_type(student.dtype, teacher.dtype);
   std::vector<double> row_loss(rows), row_stats(rows * kdfast::HuberStat::count);
   Matrix grad_student(student.dtype, rows, student.width, 1), grad_teacher(teacher.dtype, rows, teacher.width, 5);
-  kdfast::LogitHuberArgs args;
-  args.student = student.logits();
-  args.teacher = teacher.logits();
-  args.rows = rows;
-  args.classes = classes;
+  auto args = args_for<kdfast::LogitHuberArgs>(student, teacher, classes);
   args.center = form.center;
   args.smooth_l1 = form.smooth_l1;
   args.delta = form.delta;
@@ -64,9 +60,7 @@ void run(Matrix student, const Matrix& teacher, int64_t classes, const Form& for
   args.grad_student = grad_student.gradient();
   kdfast::cpu::logit_huber_forward(args, 0, rows);
 
-  Real loss = 0;
-  for (int64_t r = 0; r < rows; ++r)
-    loss += computed == DType::f64 ? row_loss[r] : reinterpret_cast<const float*>(row_loss.data())[r];
+  const Real loss = total(row_loss.data(), computed, rows);
   const Real error = std::abs(loss - expected);
   if (!(form.center && classes == 1))
     check_error(error / expected, loss_budget(computed), name + " loss");

@@ -42,11 +42,7 @@ void run(Matrix student, const Matrix& teacher, int64_t classes, const Form& for
   const DType computed = compute_type(student.dtype, teacher.dtype);
   std::vector<double> row_loss(rows), row_stats(rows * kdfast::MseStat::count);
   Matrix grad_student(student.dtype, rows, student.width, 1), grad_teacher(teacher.dtype, rows, teacher.width, 5);
-  kdfast::LogitMseArgs args;
-  args.student = student.logits();
-  args.teacher = teacher.logits();
-  args.rows = rows;
-  args.classes = classes;
+  auto args = args_for<kdfast::LogitMseArgs>(student, teacher, classes);
   args.center = form.center;
   args.per_class = form.per_class;
   args.scale = form.scale;
@@ -57,9 +53,7 @@ void run(Matrix student, const Matrix& teacher, int64_t classes, const Form& for
   args.grad_student = grad_student.gradient();
   kdfast::cpu::logit_mse_forward(args, 0, rows);
 
-  Real loss = 0;
-  for (int64_t r = 0; r < rows; ++r)
-    loss += computed == DType::f64 ? row_loss[r] : reinterpret_cast<const float*>(row_loss.data())[r];
+  const Real loss = total(row_loss.data(), computed, rows);
   const Real error = std::abs(loss - expected);
   check_error(expected > 0 ? error / expected : error, loss_budget(computed), name + " loss");
   check_gradient(grad_student, expected_student, computed, name + " student's gradient, forward");
