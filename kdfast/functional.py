@@ -24,8 +24,10 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DENOMINATOR_DTYPES = (*LOGIT_DTYPES, torch.int64, torch.int32)
 
 SMALLEST_TAU = 1e-15
+# What a parameter may be, in words. Here, since a call should not format what only an error shows.
+TAU_TAKEN = f"a number >= {SMALLEST_TAU} or math.inf"
 SMALLEST_DELTA, LARGEST_DELTA = 1e-15, 1e15
-DELTA_TAKEN = f"a number from {SMALLEST_DELTA:g} to {LARGEST_DELTA:g}"  # here: torch.compile cannot format a number
+DELTA_TAKEN = f"a number from {SMALLEST_DELTA:g} to {LARGEST_DELTA:g}"
 # From here on a float32 computation takes the limit itself: the loss differs from it by less than |s - t| / tau, and tau**2 nears
 # the end of the exponent range.
 LIMIT_TAU = 1e10
@@ -279,7 +281,7 @@ def _at_the_limit(tau: float, student: Tensor, teacher: Tensor) -> bool:
 
 
 def _temperature(name: str, value: object) -> float:
-    return _number(name, value, f"a number >= {SMALLEST_TAU} or math.inf", lambda x: x >= SMALLEST_TAU)
+    return _number(name, value, TAU_TAKEN, lambda x: x >= SMALLEST_TAU)
 
 
 def _number(name: str, value: object, taken: str, fits: Callable[[float], bool]) -> float:
