@@ -371,7 +371,7 @@ class Bench:
             calls = {loss: step(LOSSES[loss][1], s, t) for loss in ("kl_div_tau", "kd_loss")}
             timings = interleave(calls, self.options.rounds)
             for loss, reading in timings.items():
-                case = {"loss": loss, "call": "fwd+bwd", "shape": shape, "dtype": dtype, "allocation": mode}
+                case = {"loss": loss, "call": "fwd+bwd, both losses", "shape": shape, "dtype": dtype, "allocation": mode}
                 self.note({"kdfast": reading}, {}, **case, threads=1)
             alone, both = (reading.median for reading in timings.values())
             name = f"{shape} {dtype}"
@@ -411,7 +411,7 @@ class Bench:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
                 timings = process.submit(on_threads, (1, many), loss, shape, dtype, mode, 2 * self.options.rounds).result()
             for threads, reading in timings.items():
-                case = {"loss": loss, "call": "fwd+bwd", "shape": shape, "dtype": dtype, "allocation": mode}
+                case = {"loss": loss, "call": "fwd+bwd, scaling", "shape": shape, "dtype": dtype, "allocation": mode}
                 self.note({"kdfast": reading}, {}, **case, threads=int(threads))
             one, more = timings["1"].median, timings[str(many)].median
             wanted = SCALING_TARGET if (many, shape, loss) == (2, "1024x32000", "kl_div_tau") else None
