@@ -1,4 +1,7 @@
-"""Measurements that a reader can repeat: ``python -m benchmarks.accuracy`` and ``python -m benchmarks.cpu_speed``."""
+"""Measurements that a reader can repeat: ``python -m benchmarks.accuracy``, ``.run`` and ``.gpu_model``.
+
+Installed, this is the package ``kdfast_bench``, and ``kdfast-bench`` its ``run``.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which measures memory, would tell of each start and stop
 
 import torch
 from rich import box

@@ -35,7 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdfast
-from benchmarks import machine, print_table, write_csv
+
+from . import machine, print_table, write_csv
 
 LOSS_BUDGET, GRADIENT_BUDGET = 5e-6, 2e-6
 TAUS = (0.05, 0.3, 1.0, 4.0, 20.0, 1e3, 1e6, math.inf)
