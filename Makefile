@@ -11,13 +11,13 @@ pip := $(python) -m pip --disable-pip-version-check --quiet
 # Folders are named too, so that a file taken away counts as a change.
 built_from := setup.py pyproject.toml $(shell find csrc)
 
-.PHONY: help test demo bench lint ctest sanitize audit clean FORCE
+.PHONY: help test demo bench accuracy readme-figures lint ctest sanitize audit clean FORCE
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
 test: $(VENV)/with-test ## run the tests (PYTEST_ARGS="-k mse -x")
 	$(python) -m pytest $(PYTEST_ARGS)
@@ -25,9 +25,14 @@ test: $(VENV)/with-test ## run the tests (PYTEST_ARGS="-k mse -x")
 demo: $(VENV)/with-demo ## distil students on handwritten digits: a table and a plot
 	$(python) -m examples.digits $(DEMO_ARGS)
 
-bench: $(VENV)/with-bench ## accuracy and speed against eager PyTorch and torch.compile
+bench: $(VENV)/with-bench ## time, bandwidth, memory and error beside everything else that is installed (BENCH_ARGS="--quick")
+	$(python) -m benchmarks.run $(BENCH_ARGS)
+
+accuracy: $(VENV)/with-bench ## the errors of every loss on the whole grid of logits, widths and temperatures
 	$(python) -m benchmarks.accuracy
-	$(python) -m benchmarks.cpu_speed
+
+readme-figures: $(VENV)/with-bench ## redraw the README's plots, and print its tables, from benchmarks/results
+	$(python) -m benchmarks.figures benchmarks/results --markdown
 
 lint: $(VENV)/with-dev ## check style and types
 	ruff check

@@ -12,7 +12,7 @@ from glob import glob
 from pathlib import Path
 
 import torch
-from setuptools import setup
+from setuptools import find_packages, setup
 
 # Read by cpp_extension, which would otherwise look for a GPU and fail without one.
 os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
@@ -85,4 +85,9 @@ class Build(BuildExtension):
         self.build_temp = "build/objects"  # ninja reuses them; in pip's editable mode the default is a new folder each time
 
 
-setup(ext_modules=[CppExtension("kdfast._C", **build)], cmdclass={"build_ext": Build})
+setup(
+    packages=[*find_packages(include=["kdfast*"]), "kdfast_bench"],
+    package_dir={"kdfast_bench": "benchmarks"},  # beside kdfast, which stays light
+    ext_modules=[CppExtension("kdfast._C", **build)],
+    cmdclass={"build_ext": Build},
+)

@@ -15,9 +15,13 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which measures memory, would tell of each start and stop
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
+
+try:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    raise ImportError(f"the benchmarks need {error.name}: pip install 'kdfast[bench]'") from None
 
 import kdfast
 from kdfast import _C
