@@ -72,7 +72,7 @@ def save(figure: Figure, path: Path, about: str) -> list[Path]:
     """Legend and machine below; PNG and SVG."""
     axes = figure.axes
     entries = {label: handle for a in axes for handle, label in zip(*a.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(6, len(entries)))
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=min(6, len(entries)))
     figure.supxlabel(about, fontsize=8, x=0.5)
     for a in axes:
         a.grid(True, which="major")
@@ -87,11 +87,8 @@ def save(figure: Figure, path: Path, about: str) -> list[Path]:
 def draw_speed(rows: Sequence[Row], folder: Path) -> list[Path]:
     """A figure for each loss of logits: a row of axes for each dtype, time and GB/s, forward + backward."""
     written = []
-    mode = (
-        "fresh"
-        if all(r["allocation"] == "fresh" for r in rows)
-        else next(a for a in ("reused", "default", "fresh") if any(r["allocation"] == a for r in rows))
-    )
+    modes = {r["allocation"] for r in rows}
+    mode = next(m for m in ("reused", "default", "fresh") if m in modes)
     for loss in dict.fromkeys(r["loss"] for r in rows):
         mine = [r for r in rows if (r["loss"], r["pass"], r["allocation"]) == (loss, "fwd+bwd", mode) and r["bytes"]]
         dtypes = list(dict.fromkeys(r["dtype"] for r in mine))
@@ -112,13 +109,13 @@ def draw_speed(rows: Sequence[Row], folder: Path) -> list[Path]:
                 line(left, provider, [(k, 1e6 * float(r["median_ms"]) / pairs) for k, pairs, r in of])
                 line(right, provider, [(k, float(r["gb_per_s"])) for k, _, r in of])
             left.set(title=f"{loss}, {dtype}: time", ylabel="ns a pair of logits", yscale="log")
-            right.set(title=f"{loss}, {dtype}: bandwidth", ylabel="GB/s", ylim=(0, None))
+            right.set(title=f"{loss}, {dtype}: bandwidth", ylabel="GB/s", yscale="log")
             for axes in (left, right):
                 axes.set_xscale("log")
                 axes.set_xticks([k for _, k in shapes], [f"{k}\n({rows} rows)" for rows, k in shapes], fontsize=9)
         for axes in grid[-1]:
             axes.set_xlabel("classes K")
-        for axes in grid[:, 0]:
+        for axes in grid.flat:
             axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
         threads = f"{mine[0]['threads']} thread(s), " if mine[0]["threads"] else ""
         written += save(figure, folder / f"{loss}-speed", f"forward + backward, {threads}memory {mode}; {mine[0]['machine']}")

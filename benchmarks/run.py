@@ -50,6 +50,7 @@ GPU_SHAPES = {
     "": ("8192x32000", "65536x1000", "4096x10"),
 }
 QUICK_SHAPES = {"kl_div_tau": ("64x32000", "1024x100"), "linear_kl": ("64x4000",), "": ("1024x100",)}
+QUICK_TAUS = (1.0, 20.0, 1e3, math.inf)
 ERROR_SHAPE = (64, 1003)
 WRONG = 1e-2, 5e-2  # relative error of the loss, of the gradient
 # kdfast's own limits, beyond which its time is void: the gradient's rounding in its dtype included.
@@ -93,6 +94,12 @@ def loss_scale(dtype: torch.dtype, truth: tuple[float, Tensors]) -> float:
 def is_wrong(errors: Errors) -> bool:
     """Whether a provider's answer is not the loss that was asked for."""
     return not all(error <= limit for error, limit in zip(errors, WRONG, strict=True))
+
+
+def shapes(options: argparse.Namespace, loss: str) -> Sequence[str]:
+    """Those of a loss."""
+    default = options.default_shapes
+    return options.shapes or default.get(loss, default[""])
 
 
 class Benchmark:
@@ -202,9 +209,7 @@ class Benchmark:
         cases = [
             (mode, loss, shape, dtype)
             for mode, loss in itertools.product(options.allocation, options.losses)
-            for shape, dtype in itertools.product(
-                options.shapes or options.default_shapes.get(loss, options.default_shapes[""]), options.dtypes
-            )
+            for shape, dtype in itertools.product(shapes(options, loss), options.dtypes)
         ]
         points = list(itertools.product(options.dtypes, options.taus)) if "kl_div_tau" in options.losses else []
         task = self.progress.add_task("", total=len(cases) + len(points))
@@ -301,7 +306,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--losses", nargs="+", choices=LOSSES, help="default: all, linear_kl if a package has it")
     parser.add_argument("--shapes", type=shape_of, nargs="+", metavar="BxK", help="for all losses (default: see run.py)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
-    parser.add_argument("--taus", type=float, nargs="*", default=list(TAUS), help="of the table of errors (none: leave it out)")
+    parser.add_argument("--taus", type=float, nargs="*", help="of the table of errors (none: leave it out)")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), help="default: all there are")
     parser.add_argument("--allocation", nargs="+", choices=ALLOCATION, help="on the CPU (default: reused and fresh)")
     parser.add_argument("--rounds", type=int, help="least readings of a figure (default 7; 5 with --quick)")
@@ -313,6 +318,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     on_gpu = options.device.type == "cuda"
     options.default_shapes = QUICK_SHAPES if options.quick else GPU_SHAPES if on_gpu else SHAPES
     options.dtypes = options.dtypes or (["float32"] if options.quick else ["float32", "bfloat16"])
+    if options.taus is None:
+        options.taus = QUICK_TAUS if options.quick else TAUS
     options.rounds = options.rounds or (5 if options.quick else 7)
     wanted = options.allocation or (["reused"] if options.quick else ["reused", "fresh"])
     options.allocation = [mode for mode in ALLOCATION if mode in wanted] if glibc() and not on_gpu else ["default"]
