@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
+import functools
 import importlib
+import itertools
 import math
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -95,12 +100,134 @@ def test_accuracy_oracle_agrees_with_float64_pytorch(load, tau: float):
     torch.testing.assert_close(torch.from_numpy(truth.teacher), to_teacher, rtol=1e-10, atol=1e-14)
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+TOY = ["--shapes", "3x5", "4x1000", "--dtypes", "float32", "--rounds", "1", "--taus", "1", "1000", "inf"]
+
+
 def test_speed_benchmark(load, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    speed = benchmark(load, "cpu_speed")
-    monkeypatch.setattr(speed, "MOST_ROUNDS", 2)
-    out = tmp_path / "speed.csv"
-    arguments = ["--shapes", "3x5", "2x1000", "--dtypes", "float32", "--providers", "eager", "--allocation", "reused"]
-    arguments += ["--rounds", "1", "--csv", str(out)]
-    assert speed.main(arguments) == 0, "kdfast was inaccurate"
-    assert "eager / kdfast" in capsys.readouterr().out
-    assert "2x1000" in out.read_text()
+    pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+    run = benchmark(load, "run")
+    monkeypatch.setattr(load("benchmarks.timing"), "MOST_ROUNDS", 2)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # generates no code: seconds
+    providers = ["--providers", "kdfast", "eager", "compile", "kdfast-triton", "--device", "cpu"]
+    losses = [loss for loss in run.LOSSES if loss != "linear_kl"]
+    assert run.main([*TOY, "--quick", *providers, "--out", str(tmp_path)]) == 0, "kdfast was inaccurate"
+    printed = capsys.readouterr()
+    assert "WRONG" not in printed.out
+    assert "left out: kdfast-triton: its kernels run on cuda, not on cpu" in printed.err
+
+    speed = rows_of(tmp_path / "speed.csv")
+    cases = {(r["loss"], r["pass"], r["shape"], r["provider"]) for r in speed}
+    shown = ("kdfast", "eager", "compile", "copy")
+    assert cases == set(itertools.product(losses, ("fwd", "fwd+bwd"), ("3x5", "4x1000"), shown))
+    assert len(speed) == len(cases)
+    for r in speed:
+        assert torch.__version__ in r["machine"] and r["version"] and r["dtype"] == "float32" and r["threads"] == "1"
+        assert 0 < float(r["quartile1_ms"]) <= float(r["median_ms"]) <= float(r["quartile3_ms"])
+        assert float(r["gb_per_s"]) == pytest.approx(1e-6 * int(r["bytes"]) / float(r["median_ms"]))
+        if r["provider"] == "copy":
+            assert float(r["percent_of_copy"]) == 100
+        else:
+            assert r["wrong"] == "False" and float(r["loss_error"]) < 1e-4 and float(r["gradient_error"]) < 1e-4
+    gradients = [
+        int(r["peak_bytes"]) for r in speed if (r["provider"], r["pass"], r["shape"]) == ("kdfast", "fwd+bwd", "4x1000")
+    ]
+    assert all(16_000 <= peak < 17_000 for peak in gradients)  # the student's gradient, and little more
+
+    errors = {(r["provider"], r["tau"]): float(r["loss_error"]) for r in rows_of(tmp_path / "error.csv")}
+    assert set(errors) == {(p, t) for p in ("kdfast", "eager", "compile") for t in ("1.0", "1000.0", "inf")} - {
+        ("eager", "inf"),
+        ("compile", "inf"),
+    }
+    assert errors["kdfast", "1000.0"] < 5e-6 < errors["eager", "1000.0"]
+
+    for name in (*(f"{loss}-speed" for loss in losses), "kl_div_tau-error"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / f"{name}.svg").read_text()
+    table = load("benchmarks.figures").markdown(tmp_path).splitlines()
+    lines = [line for line in table if line.startswith("| `")]
+    assert len(lines) == 2 * len(losses)
+    assert {line.count("|") for line in table if line.startswith("|")} == {lines[0].count("|")}
+
+
+def test_speed_benchmark_shows_a_wrong_answer_as_wrong(load, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
+    run = benchmark(load, "run")
+    no_factor = run.PROVIDERS["eager"].losses["kl_div_tau"]
+    providers = {
+        **run.PROVIDERS,
+        "fast": dataclasses.replace(
+            run.PROVIDERS["eager"], losses={"kl_div_tau": lambda tau: lambda s, t: no_factor(tau)(s, t) / 16}
+        ),
+        "sick": dataclasses.replace(run.PROVIDERS["eager"], losses={"kl_div_tau": lambda tau: lambda s, t: 1 / 0}),
+        "absent": dataclasses.replace(run.PROVIDERS["eager"], package="no-such-package", module="no_such_module"),
+    }
+    monkeypatch.setattr(run, "PROVIDERS", providers)
+    arguments = ["--quick", "--device", "cpu", "--losses", "kl_div_tau", "--shapes", "4x50", "--rounds", "1", "--taus"]
+    chosen = ["--providers", "kdfast", "fast", "sick", "absent", "--out", str(tmp_path)]
+    assert run.main([*arguments, *chosen]) == 0  # others' errors are shown, and are not kdfast's
+    printed = capsys.readouterr()
+    wrong = {r["provider"]: r["wrong"] for r in rows_of(tmp_path / "speed.csv")}
+    assert wrong == {"kdfast": "False", "fast": "True", "copy": ""}
+    assert [line.split()[-1] for line in printed.out.splitlines() if " fast " in line] == ["WRONG", "WRONG"]
+    assert "failed: sick kl_div_tau float32: ZeroDivisionError" in printed.out
+    assert "left out: absent: not installed (pip install no-such-package)" in printed.err
+
+    inexact = dataclasses.replace(
+        run.PROVIDERS["kdfast"], losses={"kl_div_tau": lambda tau: lambda s, t: no_factor(tau)(s, t) * (1 + 1e-5)}
+    )
+    monkeypatch.setitem(providers, "kdfast", inexact)
+    assert run.main([*arguments, "--providers", "kdfast", "--out", str(tmp_path)]) == 1
+    assert "Inaccurate, so that its times mean nothing: kdfast kl_div_tau 4x50 float32" in capsys.readouterr().out
+
+
+def test_byte_formula(load):
+    """By hand: 3 rows of 5 classes; each logit read once, the student's gradient written once, an int64 label a row."""
+    losses = benchmark(load, "losses")
+    for loss, labels in (("kl_div_tau", 0), ("logit_mse", 0), ("logit_huber", 0), ("kd_loss", 3 * 8)):
+        for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+            inputs = losses.LOSSES[loss].inputs(3, 5, dtype)
+            assert losses.least_bytes(loss, "fwd", inputs) == 2 * 15 * size + labels
+            assert losses.least_bytes(loss, "fwd+bwd", inputs) == 3 * 15 * size + labels
+    student, teacher = torch.zeros(3, 5), torch.zeros(3, 5, dtype=torch.bfloat16)
+    assert losses.least_bytes("kl_div_tau", "fwd+bwd", (student, teacher)) == 15 * (4 + 2 + 4)
+    assert losses.least_bytes("linear_kl", "fwd", losses.LOSSES["linear_kl"].inputs(3, 5, torch.float32)) is None
+
+
+@pytest.mark.parametrize("loss", ["kl_div_tau", "logit_mse", "logit_huber", "kd_loss", "linear_kl"])
+def test_benchmark_truth_agrees_with_float64_pytorch(load, loss: str):
+    losses = benchmark(load, "losses")
+    inputs = losses.LOSSES[loss].inputs(6, 11, torch.float32)
+    value, gradients = losses.LOSSES[loss].truth(inputs, 4.0)
+    exact = [x.double() if x.is_floating_point() else x for x in inputs]
+    wanted = [exact[i].requires_grad_() for i in losses.LOSSES[loss].wanted]
+    true = losses.EAGER[loss](4.0)(*exact)
+    assert value == pytest.approx(true.item(), rel=1e-12)
+    for got, expected in zip(gradients, torch.autograd.grad(true, wanted), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.skipif("KDFAST_GPU_EMULATOR" not in os.environ, reason="KDFAST_GPU_EMULATOR names no GPU emulator")
+def test_gpu_model(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    model = benchmark(load, "gpu_model")
+    monkeypatch.chdir(ROOT)
+    assert model.main(["--shapes", "4x1000", "--out", str(tmp_path)]) == 0
+    assert "MODELLED, not measured" in capsys.readouterr().out
+    rows = rows_of(tmp_path / "gpu_model.csv")
+    assert {"kl_div_tau", "logit_mse", "logit_huber"} <= {r["loss"] for r in rows}
+    for r in rows:
+        least = 4 if r["call"] == "fwd" else 6  # bfloat16
+        assert least <= float(r["bytes"]) <= float(r["bytes_requested"]) and float(r["instructions"]) > 1
+        seconds = max(float(r["bytes"]) / 3.35e12, float(r["instructions"]) / (128 * 132 * 1.755e9))
+        assert float(r["modelled_ps_H100"]) >= 0.999e12 * seconds
+
+
+def test_gpu_model_needs_an_emulator(load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    model = benchmark(load, "gpu_model")
+    monkeypatch.delenv("KDFAST_GPU_EMULATOR", raising=False)
+    with pytest.raises(SystemExit):
+        model.main([])
+    assert "KDFAST_GPU_EMULATOR" in capsys.readouterr().err
