@@ -359,6 +359,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             with threads(options.threads), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the other packages, about this machine
                 benchmark.run()
+        except KeyboardInterrupt:
+            console.print("interrupted: this is what was measured until then")
         finally:
             set_allocation("default")
 
