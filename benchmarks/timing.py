@@ -135,7 +135,7 @@ def rotation(inputs: Tensors, device: torch.device) -> list[Tensors]:
         return [first]
     size = sum(x.numel() * x.element_size() for x in inputs)
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    count = min(MOST_SETS, math.ceil(2 * cache / size) + 1)
+    count = min(MOST_SETS, math.ceil(2 * cache / size))
     return [first, *(tuple(x.to(device) for x in inputs) for _ in range(count - 1))]
 
 
