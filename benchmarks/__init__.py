@@ -60,10 +60,10 @@ def print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def write_csv(path: Path, records: Sequence[Mapping[str, object]], device: torch.device | str = "cpu") -> None:
-    """One line for each record; every line names the machine."""
+    """One line for each record; every line names device and machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*records[0], "machine"])
+        writer = csv.DictWriter(file, [*records[0], "device", "machine"])
         writer.writeheader()
-        writer.writerows({**record, "machine": machine(device)} for record in records)
+        writer.writerows({**record, "device": str(device), "machine": machine(device)} for record in records)
     print(f"{len(records)} lines in {path}")

@@ -93,9 +93,10 @@ def relative(difference: float, size: float) -> float:
 
 def loss_scale(dtype: torch.dtype, truth: tuple[float, Tensors]) -> float:
     """A power of two that brings float16 gradients near the middle of their range, as GradScaler does."""
-    if dtype != torch.float16:
+    largest = max(gradient.abs().max().item() for gradient in truth[1])
+    if dtype != torch.float16 or largest == 0:
         return 1.0
-    return 2.0 ** min(15, math.floor(math.log2(1024 / max(g.abs().max().item() for g in truth[1]))))
+    return 2.0 ** min(15, math.floor(math.log2(1024 / largest)))
 
 
 def is_wrong(errors: Errors) -> bool:
