@@ -105,6 +105,29 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+COLUMNS = [
+    "loss",
+    "pass",
+    "shape",
+    "dtype",
+    "allocation",
+    "threads",
+    "provider",
+    "version",
+    "median_ms",
+    "quartile1_ms",
+    "quartile3_ms",
+    "page_faults",
+    "bytes",
+    "gb_per_s",
+    "percent_of_copy",
+    "peak_bytes",
+    "loss_error",
+    "gradient_error",
+    "wrong",
+    "device",
+    "machine",
+]
 TOY = ["--shapes", "3x5", "4x1000", "--dtypes", "float32", "--rounds", "1", "--taus", "1", "1000", "inf"]
 
 
@@ -121,29 +144,7 @@ def test_speed_benchmark(load, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "left out: kdfast-triton: its kernels run on cuda, not on cpu" in printed.err
 
     speed = rows_of(tmp_path / "speed.csv")
-    assert list(speed[0]) == [
-        "loss",
-        "pass",
-        "shape",
-        "dtype",
-        "allocation",
-        "threads",
-        "provider",
-        "version",
-        "median_ms",
-        "quartile1_ms",
-        "quartile3_ms",
-        "page_faults",
-        "bytes",
-        "gb_per_s",
-        "percent_of_copy",
-        "peak_bytes",
-        "loss_error",
-        "gradient_error",
-        "wrong",
-        "device",
-        "machine",
-    ]
+    assert list(speed[0]) == COLUMNS
     cases = {(r["loss"], r["pass"], r["shape"], r["provider"]) for r in speed}
     shown = ("kdfast", "eager", "compile", "copy")
     assert cases == set(itertools.product(losses, ("fwd", "fwd+bwd"), ("3x5", "4x1000"), shown))
