@@ -112,9 +112,9 @@ def draw_speed(rows: Sequence[Row], folder: Path) -> list[Path]:
             right.set(title=f"{loss}, {dtype}: bandwidth", ylabel="GB/s", yscale="log")
             for axes in (left, right):
                 axes.set_xscale("log")
-                axes.set_xticks([k for _, k in shapes], [f"{k}\n({rows} rows)" for rows, k in shapes], fontsize=9)
+                axes.set_xticks([k for _, k in shapes], [str(k) for _, k in shapes], fontsize=8)
         for axes in grid[-1]:
-            axes.set_xlabel("classes K")
+            axes.set_xlabel(f"classes K (rows: {', '.join(str(rows) for rows, _ in shapes)})")
         for axes in grid.flat:
             axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
         threads = f"{mine[0]['threads']} thread(s), " if mine[0]["threads"] else ""

@@ -26,6 +26,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -59,7 +60,7 @@ WRONG = 1e-2, 5e-2  # relative error of the loss, of the gradient
 LIMITS = {torch.float32: (5e-6, 2e-6), torch.bfloat16: (5e-6, 4e-3), torch.float16: (5e-6, 1e-3)}
 
 Errors = tuple[float, float]
-Record = dict[str, object]
+Record = dict[str, Any]
 console = Console(stderr=True, highlight=False)
 
 
@@ -250,7 +251,7 @@ def milliseconds(value: float) -> str:
 
 def memory(size: object) -> str:
     """Bytes, in a unit that suits."""
-    value = float(size)  # type: ignore[arg-type]
+    value = float(size)
     for unit in ("B", "kB", "MB"):
         if value < 1000:
             return f"{value:.0f} {unit}"
@@ -267,15 +268,15 @@ def show_times(records: Sequence[Record]) -> None:
             group = {str(r["provider"]): r for r in mine if (r["shape"], r["dtype"], r["pass"]) == case}
             base = group.get("kdfast")
             for i, (name, r) in enumerate(group.items()):
-                median = float(r["median_ms"])  # type: ignore[arg-type]
-                spread = (float(r["quartile3_ms"]) - float(r["quartile1_ms"])) / 2  # type: ignore[arg-type]
+                median = float(r["median_ms"])
+                spread = (float(r["quartile3_ms"]) - float(r["quartile1_ms"])) / 2
                 copy = name == "copy"
                 rows.append(
                     [
                         *(case if i == 0 else ("", "", "")),
                         name,
                         f"{milliseconds(median)} ±{100 * spread / median:3.0f}%",
-                        "" if base is None or copy else f"{median / float(base['median_ms']):.2f}",  # type: ignore[arg-type]
+                        "" if base is None or copy else f"{median / float(base['median_ms']):.2f}",
                         "" if r["gb_per_s"] == "" else f"{r['gb_per_s']:.1f}",
                         "" if r["gb_per_s"] == "" else f"{r['percent_of_copy']:.0f}%",
                         "" if copy else memory(r["peak_bytes"]),
@@ -384,6 +385,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = machine(options.device)
     threads_used = "" if options.device.type == "cuda" else f"; {options.threads} thread{'s' * (options.threads > 1)}"
     print(about + threads_used)
+    noisy = sum(r["quartile3_ms"] - r["quartile1_ms"] > 0.4 * r["median_ms"] for r in benchmark.times)
+    if noisy:
+        print(f"Spread over 20% in {noisy} of {len(benchmark.times)} figures: repeat on a quiet machine.")
     if load > 0.5:
         print(f"The machine was busy before the start (load average {load:.1f}): repeat on a quiet one.")
     if benchmark.inaccurate:
