@@ -55,8 +55,12 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     parser.add_argument("--epochs", type=at_least_one, help="passes over the training data (default: the data's own)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
     parser.add_argument("--threads", type=at_least_one, default=1, help="of torch on the CPU (default 1: small networks)")
-    parser.add_argument("--out", type=Path, default=Path("runs/kl_vs_mse"), help="the results, in a folder for the data (default %(default)s)")
-    parser.add_argument("--loss-impl", choices=IMPLEMENTATIONS, default="kdfast", help="who computes the losses (default %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/kl_vs_mse"), help="results, one folder a data set (default %(default)s)"
+    )
+    parser.add_argument(
+        "--loss-impl", choices=IMPLEMENTATIONS, default="kdfast", help="who computes the losses (default %(default)s)"
+    )
     parser.add_argument("--taus", type=temperature, nargs="+", help="of sweep and features (default 1 3 5 20 inf)")
     parser.add_argument("--alphas", type=share, nargs="+", help="of sweep (default 0.1 0.2 ... 1)")
     parser.add_argument("--label-noise", type=share, nargs="+", default=[0.2, 0.4, 0.6], help="of noise (default 0.2 0.4 0.6)")

@@ -45,7 +45,9 @@ class Transformer(Network):
         super().__init__(width, classes)
         self.token = nn.Embedding(classes, width)
         self.position = nn.Parameter(0.02 * torch.randn(context, width))
-        layer = nn.TransformerEncoderLayer(width, max(1, width // 32), 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            width, max(1, width // 32), 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
         self.layers = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(context), persistent=False)
 

@@ -80,9 +80,11 @@ def assemble(folder: Path, title: str, introduction: Sequence[str]) -> Path:
 # --------------------------------------------------------------------------------------------------------- figures
 
 
-def heat_map(taus: Sequence[float], alphas: Sequence[float], means: np.ndarray, errors: np.ndarray, title: str, label: str) -> Figure:
+def heat_map(
+    taus: Sequence[float], alphas: Sequence[float], means: np.ndarray, errors: np.ndarray, title: str, label: str
+) -> Figure:
     """Means over the grid (taus x alphas), written into their cells."""
-    figure, axes = plt.subplots(figsize=(2.2 + 0.95 * len(alphas), 1.8 + 0.62 * len(taus)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(max(6.0, 2.2 + 0.95 * len(alphas)), 1.8 + 0.62 * len(taus)), layout="constrained")
     image = axes.imshow(means, cmap="viridis", aspect="auto", origin="lower")
     middle = (np.nanmin(means) + np.nanmax(means)) / 2
     for y in range(len(taus)):
@@ -100,33 +102,41 @@ def heat_map(taus: Sequence[float], alphas: Sequence[float], means: np.ndarray, 
 
 
 def limit_curves(taus: Sequence[float], curves: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> Figure:
-    """form -> quantity -> values over tau, in four panels."""
-    figure, panels = plt.subplots(2, 2, figsize=(11, 8), sharex=True, layout="constrained")
+    """form -> quantity -> values over tau, a panel for each quantity."""
+    figure, panels = plt.subplots(2, 3, figsize=(14, 8), layout="constrained")
     names = {
         "mse_cosine": "cosine with the MSE gradient (centred)",
         "label_cosine": "cosine with label matching",
+        "error": "relative error of the gradient (L2)",
         "mse_ratio": "norm / norm of the MSE gradient (centred)",
         "label_ratio": "norm / tau / norm of label matching",
     }
     styles = {"float64": "-", "kdfast float32": "--", "kdfast bfloat16": ":", "eager float32": "-", "eager bfloat16": "-"}
-    for axes, (quantity, name) in zip(panels.flat, names.items(), strict=True):
+    *plots, key = panels.flat
+    for axes, (quantity, name) in zip(plots, names.items(), strict=True):
         for form, values in curves.items():
-            width = 4.5 if form == "float64" else 1.8
+            if quantity == "error" and form == "float64":
+                continue
+            width = {"float64": 5.0, "kdfast float32": 2.4, "kdfast bfloat16": 2.4}.get(form, 1.6)
             axes.plot(
                 taus, values[quantity], styles[form], color=COLOURS[form], linewidth=width, label=form,
-                alpha=0.35 if form == "float64" else 1.0,
+                alpha=0.3 if form == "float64" else 1.0, zorder=3 if form.startswith("kdfast") else 2,
             )  # fmt: skip
         axes.set_xscale("log")
-        if quantity.endswith("ratio"):
+        axes.set_xlabel("temperature tau")
+        if quantity.endswith("cosine"):
+            axes.axhline(1, color="0.6", linewidth=0.8)
+            axes.set_ylim(min(-0.05, *curves["float64"][quantity]), 1.05)
+        else:
             axes.set_yscale("log")
+            axes.axhline(1, color="0.6", linewidth=0.8)
+        if quantity.endswith("ratio"):
             truth = np.asarray(curves["float64"][quantity])
             axes.set_ylim(truth.min() / 5, max(truth.max(), 1) * 5)
-        axes.axhline(1, color="0.6", linewidth=0.8)
         axes.set_title(name, fontsize=11)
         axes.grid(alpha=0.3)
-    for axes in panels[1]:
-        axes.set_xlabel("temperature tau")
-    panels[0, 0].legend(framealpha=0.9)
+    key.axis("off")
+    key.legend(*plots[0].get_legend_handles_labels(), loc="center", fontsize=12, handlelength=4)
     figure.suptitle(title)
     return figure
 
@@ -157,7 +167,9 @@ def lines(x: Sequence[str], curves: Mapping[str, Sequence[Sequence[float]]], xla
     """label -> the seeds' values at each x: mean and standard error."""
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     for label, values in curves.items():
-        axes.errorbar(x, [statistics.mean(v) for v in values], [standard_error(v) for v in values], marker="o", capsize=3, label=label)
+        axes.errorbar(
+            x, [statistics.mean(v) for v in values], [standard_error(v) for v in values], marker="o", capsize=3, label=label
+        )
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.set_title(title)

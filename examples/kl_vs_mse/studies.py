@@ -40,7 +40,13 @@ class Plan:
         finished = sum(laboratory.path(*cell).exists() for cell in cells)
         if finished:
             print(f"{name}: {finished} of {len(cells)} networks were trained before")
-        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[latest]}"))
+        columns = (
+            TextColumn(name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[latest]}"),
+        )
         with Progress(*columns) as progress:
             task = progress.add_task(name, total=len(cells), latest="")
             for recipe, seed in cells:
@@ -125,7 +131,11 @@ def sweep(plan: Plan) -> None:
         f"{plan.laboratory.task.name}: test accuracy, %, {len(plan.seeds)} seeds\n"
         f"cross-entropy {mean_and_error(labels)}, MSE {mean_and_error(plan.accuracies(by_mse))}"
     )
-    section.plot(report.heat_map(plan.taus, plan.alphas, means, errors, title, "test accuracy, %"), "sweep", "accuracy over alpha and tau")
+    section.plot(
+        report.heat_map(plan.taus, plan.alphas, means, errors, title, "test accuracy, %"),
+        "sweep",
+        "accuracy over alpha and tau",
+    )
     section.table(
         "Test accuracy in percent over tau (rows) and alpha (columns), mean ± standard error",
         ["tau", *(f"{alpha:g}" for alpha in plan.alphas)],
@@ -149,9 +159,13 @@ def _against_the_other(plan: Plan, section: Section, recipes: Sequence[Recipe]) 
     rows = []
     for name, group in groups.items():
         by_seed = [
-            statistics.mean(ours.trained(r, seed).accuracy - other.trained(r, seed).accuracy for r in group) for seed in plan.seeds
+            statistics.mean(ours.trained(r, seed).accuracy - other.trained(r, seed).accuracy for r in group)
+            for seed in plan.seeds
         ]
-        largest = max(abs(statistics.mean(plan.accuracies(r)) - statistics.mean(t.accuracy for t in plan.results(r, other))) for r in group)
+        largest = max(
+            abs(statistics.mean(plan.accuracies(r)) - statistics.mean(t.accuracy for t in plan.results(r, other)))
+            for r in group
+        )
         rows.append([name, str(len(group)), mean_and_error(by_seed), f"{largest:.2f}"])
     section.table(
         f"Test accuracy by {ours.implementation} minus by {other_name}, in percent, mean over the alphas ± standard error over the seeds; "
@@ -175,7 +189,9 @@ def limits(plan: Plan) -> None:
     quantities = [field.name for field in dataclasses.fields(measure.Directions)]
     records: list[dict[str, object]] = []
     for label, recipe in students.items():
-        by_form: dict[str, dict[float, list[measure.Directions]]] = {form: {tau: [] for tau in {*taus, *shown}} for form in measure.FORMS}
+        by_form: dict[str, dict[float, list[measure.Directions]]] = {
+            form: {tau: [] for tau in {*taus, *shown}} for form in measure.FORMS
+        }
         for seed in plan.seeds:
             inputs = plan.laboratory.split(seed).test[:256]
             with torch.no_grad():
@@ -250,7 +266,11 @@ def features(plan: Plan) -> None:
     )  # fmt: skip
     section.plot(
         report.histograms(
-            {name: np.concatenate([f.logit_distance.cpu().numpy() for f in fs]) for name, fs in found.items() if name != "teacher"},
+            {
+                name: np.concatenate([f.logit_distance.cpu().numpy() for f in fs])
+                for name, fs in found.items()
+                if name != "teacher"
+            },
             {name: np.concatenate([f.pairwise.cpu().numpy() for f in fs]) for name, fs in found.items()},
             f"{plan.laboratory.task.name}: students against their teacher, {len(plan.seeds)} seeds",
         ),
@@ -259,7 +279,8 @@ def features(plan: Plan) -> None:
     )
     section.records(
         [
-            {"data": plan.laboratory.task.name, "learns_by": name, "seed": seed} | {c: column(f) for c, column in columns.items()}
+            {"data": plan.laboratory.task.name, "learns_by": name, "seed": seed}
+            | {c: column(f) for c, column in columns.items()}
             for name, by_seed in found.items()
             for seed, f in zip(plan.seeds, by_seed, strict=True)
         ],

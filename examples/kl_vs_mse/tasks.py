@@ -127,7 +127,9 @@ def cifar100(folder: Path) -> Task:
     def augment(batch: Tensor, generator: torch.Generator) -> Tensor:
         """A random crop of the image padded by 4 pixels, mirrored half of the time."""
         padded = F.pad(batch, (4, 4, 4, 4))
-        down, right = torch.randint(9, (2, len(batch), 1), generator=generator).to(batch.device) + torch.arange(32, device=batch.device)
+        down, right = torch.randint(9, (2, len(batch), 1), generator=generator).to(batch.device) + torch.arange(
+            32, device=batch.device
+        )
         mirrored = torch.rand(len(batch), 1, generator=generator).to(batch.device) < 0.5
         right = torch.where(mirrored, right.flip(-1), right)
         row = torch.arange(len(batch), device=batch.device)[:, None, None]

@@ -102,7 +102,9 @@ class Laboratory:
             path.write_text(json.dumps(settings, indent=2) + "\n")
         elif (there := json.loads(path.read_text())) != settings:
             differing = [f"{k}: {there.get(k)} there, {v} asked for" for k, v in settings.items() if there.get(k) != v]
-            raise ValueError(f"{self.folder} has results of other settings ({'; '.join(differing)}): choose another --out or remove it")
+            raise ValueError(
+                f"{self.folder} has results of other settings ({'; '.join(differing)}): choose another --out or remove it"
+            )
 
     def path(self, recipe: Recipe, seed: int) -> Path:
         """The file of a finished network. The implementation of the loss matters where the loss is one of kdfast's."""
