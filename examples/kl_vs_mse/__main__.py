@@ -18,7 +18,7 @@ from examples.kl_vs_mse.training import Laboratory
 
 TAUS = [1.0, 3.0, 5.0, 20.0, math.inf]
 ALPHAS = [round(0.1 * i, 1) for i in range(1, 11)]
-SEEDS = {"digits": 10, "text": 3, "cifar100": 3}
+SEEDS = {"digits": 5, "text": 2, "cifar100": 3}
 
 
 def at_least_one(text: str) -> int:
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         alphas=sorted(set(options.alphas or ([0.5, 1.0] if options.quick else ALPHAS))),
         label_noise=sorted(set(options.label_noise)),
         sequential_tau=options.sequential_tau,
-        repeats=50 if options.quick else 200,
+        repeats=20 if options.quick else 100,
     )
     for name in names:
         STUDIES[name](plan)

@@ -184,7 +184,7 @@ def limits(plan: Plan) -> None:
     students = {"ce": BY_LABELS, "mse": Recipe("student", MSE, TEACHER)}
     plan.train("limits", [TEACHER, *students.values()])
     section = plan.section("limits", "The limits of the KL gradient")
-    taus = [float(tau) for tau in np.geomspace(0.05, 1e4, 33)]
+    taus = [float(tau) for tau in np.geomspace(0.05, 1e4, 25)]
     shown = [0.05, 0.2, 1.0, 4.0, 20.0, 100.0, 1e4]
     quantities = [field.name for field in dataclasses.fields(measure.Directions)]
     records: list[dict[str, object]] = []
