@@ -69,7 +69,8 @@ class WideBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.norm1(x))
         straight: Tensor = x if self.shortcut is None else self.shortcut(active)
-        return straight + self.conv2(F.relu(self.norm2(self.conv1(active))))
+        around: Tensor = self.conv2(F.relu(self.norm2(self.conv1(active))))
+        return straight + around
 
 
 class WideResNet(Network):

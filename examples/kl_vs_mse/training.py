@@ -164,7 +164,7 @@ class Laboratory:
         for inputs, labels, teacher_logits in lessons:
             value = loss(network(inputs), teacher_logits, labels, self.implementation)
             optimizer.zero_grad()
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             optimizer.step()
             schedule.step()
         network.eval()
