@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ class Features:
     logit_distance: Tensor  # |s - t|
     centred_distance: Tensor  # the same without the row's mean difference, which no softmax sees
     norm: Tensor  # of the penultimate layer
-    pairwise: Tensor  # distances between the penultimate layers of two rows, divided by their mean
+    pairwise: Tensor  # distances between the penultimate layers of two rows
     correlation: float  # of the pairwise distances with the teacher's
 
 
@@ -99,7 +99,7 @@ def features(student: Network, teacher: Network, inputs: Tensor, rows: int = 500
         difference.norm(dim=-1),
         (difference - difference.mean(-1, keepdim=True)).norm(dim=-1),
         r.norm(dim=-1),
-        distances / distances.mean(),
+        distances,
         float(torch.corrcoef(torch.stack((distances, teacher_distances)))[0, 1]),
     )
 
@@ -107,20 +107,19 @@ def features(student: Network, teacher: Network, inputs: Tensor, rows: int = 500
 # ------------------------------------------------------------------------------------------------------------ time
 
 
-def medians(calls: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> list[float]:
-    """Milliseconds of each call, the calls taking turns."""
-    times: list[list[float]] = [[] for _ in calls]
-    for repeat in range(repeats + 5):  # the first five warm up
-        for call, log in zip(calls, times, strict=True):
+def fastest(calls: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> list[float]:
+    """Milliseconds of each call, the calls taking turns: the minimum, which other processes disturb least."""
+    best = [math.inf] * len(calls)
+    for _ in range(repeats):
+        for position, call in enumerate(calls):
             if device.type == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
             call()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            if repeat >= 5:
-                log.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(log) for log in times]
+            best[position] = min(best[position], 1e3 * (time.perf_counter() - start))
+    return best
 
 
 def time_loss(loss: Loss, student: Network, batch: Batch, repeats: int) -> list[float]:
@@ -136,4 +135,4 @@ def time_loss(loss: Loss, student: Network, batch: Batch, repeats: int) -> list[
         weights = tuple(student.parameters())
         return lambda: torch.autograd.grad(loss(student(inputs), teacher_logits, labels, implementation), weights)
 
-    return medians([f(i) for f in (alone, whole) for i in IMPLEMENTATIONS], repeats, inputs.device)
+    return fastest([f(i) for f in (alone, whole) for i in IMPLEMENTATIONS], repeats, inputs.device)

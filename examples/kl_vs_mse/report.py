@@ -50,7 +50,8 @@ class Section:
         """A table, on the screen and in the report."""
         print_table(title, headers, rows)
         lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
-        self.parts += [f"{title}:", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
+        cells = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+        self.parts += [f"{title}:", "\n".join("| " + " | ".join(line) + " |" for line in cells)]
 
     def records(self, records: Sequence[Mapping[str, object]], device: Any) -> None:
         """The figures behind the tables, as CSV."""
@@ -144,16 +145,17 @@ def limit_curves(taus: Sequence[float], curves: Mapping[str, Mapping[str, Sequen
 def histograms(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray], title: str) -> Figure:
     """Of |s - t| and of the pairwise distances in the penultimate layer."""
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    colours = {label: f"C{position}" for position, label in enumerate(left)}
     for axes, values, name in (
         (panels[0], left, "|s - t|, a test row"),
-        (panels[1], right, "penultimate layer: distance of two test rows / the mean distance"),
+        (panels[1], right, "penultimate layer: distance of two test rows"),
     ):
         top = max(np.quantile(v, 0.99) for v in values.values())
-        for position, (label, v) in enumerate(values.items()):
+        for label, v in values.items():
             teacher = label == "teacher"
             axes.hist(
                 v, bins=60, range=(0, float(top)), density=True, histtype="step", linewidth=2.6 if teacher else 1.7,
-                color="black" if teacher else f"C{position}", label=label,
+                color="black" if teacher else colours[label], label=label,
             )  # fmt: skip
         axes.set_xlabel(name)
         axes.set_ylabel("density")
