@@ -119,7 +119,8 @@ def sweep(plan: Plan) -> None:
     logits = "x".join(str(n) for n in (*batch[1].shape, plan.laboratory.task.classes))
     section.table(
         f"Test accuracy in percent over {len(plan.seeds)} seeds, mean ± standard error ({plan.laboratory.implementation}); and the "
-        f"time of a step in ms, the fastest of {plan.repeats}: the loss alone ({logits} logits, forward and backward) and the step without the optimizer",
+        f"time of a step in ms, the fastest of {plan.repeats}: the loss alone ({logits} logits, forward and backward) and the step without "
+        "the optimizer",
         ["learns by", "accuracy %", "std", "- labels'", "test CE", "kdfast", "eager", "step, kdfast", "step, eager"],
         rows,
     )
@@ -152,10 +153,12 @@ def _against_the_other(plan: Plan, section: Section, recipes: Sequence[Recipe]) 
     ours = plan.laboratory
     other_name = next(i for i in IMPLEMENTATIONS if i != ours.implementation)
     other = Laboratory(ours.task, ours.epochs, ours.device, other_name, ours.folder)
-    if not all(other.path(recipe, seed).exists() for recipe in recipes for seed in plan.seeds):
+    recipes = [recipe for recipe in recipes if all(other.path(recipe, seed).exists() for seed in plan.seeds)]
+    if not recipes:
         return []
     groups = {f"kl tau={tau:g}": [r for r in recipes if r.loss.kind == "kl" and r.loss.tau == tau] for tau in plan.taus}
     groups["mse"] = [r for r in recipes if r.loss == MSE]
+    groups = {name: group for name, group in groups.items() if group}
     rows = []
     for name, group in groups.items():
         by_seed = [
