@@ -109,7 +109,8 @@ def sweep(plan: Plan) -> None:
         accuracies = [trained.accuracy for trained in results]
         name = {TEACHER: "teacher", BY_LABELS: "cross-entropy (labels)"}.get(recipe, str(recipe.loss))
         row = [name, mean_and_error(accuracies), f"{statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""]
-        row += ["" if recipe is TEACHER else paired(accuracies, labels), mean_and_error([t.cross_entropy for t in results], 3)]
+        row += [paired(accuracies, baseline) for baseline in (labels, plan.accuracies(by_mse))]
+        row.append(mean_and_error([t.cross_entropy for t in results], 3))
         if recipe.teacher is None:
             row += [""] * 4
         else:
@@ -121,7 +122,7 @@ def sweep(plan: Plan) -> None:
         f"Test accuracy in percent over {len(plan.seeds)} seeds, mean ± standard error ({plan.laboratory.implementation}); and the "
         f"time of a step in ms, the fastest of {plan.repeats}: the loss alone ({logits} logits, forward and backward) and the step without "
         "the optimizer",
-        ["learns by", "accuracy %", "std", "- labels'", "test CE", "kdfast", "eager", "step, kdfast", "step, eager"],
+        ["learns by", "accuracy %", "std", "- labels'", "- MSE's", "test CE", "kdfast", "eager", "step, kdfast", "step, eager"],
         rows,
     )
 
