@@ -176,5 +176,5 @@ def lines(x: Sequence[str], curves: Mapping[str, Sequence[Sequence[float]]], xla
     axes.set_ylabel(ylabel)
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    figure.legend(loc="outside right center", fontsize=9)
     return figure
