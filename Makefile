@@ -22,8 +22,8 @@ help: ## list the targets
 test: $(VENV)/with-test ## run the tests (PYTEST_ARGS="-k mse -x")
 	$(python) -m pytest $(PYTEST_ARGS)
 
-demo: $(VENV)/with-demo ## distil students on handwritten digits: a table and a plot
-	$(python) -m examples.digits $(DEMO_ARGS)
+demo: $(VENV)/with-demo ## distil students on handwritten digits: tables and plots in runs/demo
+	$(python) -m examples.kl_vs_mse sweep limits --quick --out runs/demo $(DEMO_ARGS)
 
 bench: $(VENV)/with-bench ## time, bandwidth, memory and error beside everything else that is installed (BENCH_ARGS="--quick")
 	$(python) -m benchmarks.run $(BENCH_ARGS)

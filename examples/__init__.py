@@ -1,1 +1,1 @@
-"""Runnable examples. Start with ``python -m examples.digits``."""
+"""Runnable examples. Start with ``python -m examples.kl_vs_mse sweep limits --quick``."""

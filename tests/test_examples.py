@@ -1,4 +1,4 @@
-"""The demo and the benchmarks run: toy sizes, so that they cannot rot."""
+"""The study and the benchmarks run: toy sizes, so that they cannot rot."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import importlib
 import itertools
 import math
 import os
+import pickle
 from pathlib import Path
 from types import ModuleType
 
@@ -34,10 +35,10 @@ def load(monkeypatch: pytest.MonkeyPatch):
     torch.set_num_threads(threads)
 
 
-def demo(load) -> ModuleType:
+def program(load, name: str = "__main__") -> ModuleType:
     for needed in ("sklearn", "matplotlib", "rich"):
         pytest.importorskip(needed, reason="the demo extra is not installed")
-    return load("examples.digits")
+    return load(f"examples.kl_vs_mse.{name}")
 
 
 def benchmark(load, name: str) -> ModuleType:
@@ -45,35 +46,154 @@ def benchmark(load, name: str) -> ModuleType:
     return load(f"benchmarks.{name}")
 
 
+def is_png(path: Path) -> bool:
+    content = path.read_bytes()
+    width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
+    return content.startswith(b"\x89PNG") and width >= 500 and height >= 300
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_demo_learns_prints_and_draws(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    digits = demo(load)
-    picture = tmp_path / "new folder" / "digits.png"
-    results = digits.main(["--quick", "--seeds", "1", "--epochs", "80", "--out", str(picture)])
-
-    names = ["teacher", "cross-entropy", *(f"kl_div_tau, tau={tau}" for tau in (1, 4, 20, "inf")), "logit_mse"]
-    assert list(results.accuracies) == names
-    assert results.accuracies["teacher"][0] > 95
-    assert all(values[0] > 50 for values in results.accuracies.values()), results.accuracies  # 10 is chance
-
-    width, height = (int.from_bytes(picture.read_bytes()[at : at + 4], "big") for at in (16, 20))
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert width >= 1000
-    assert height >= 400
+    study = program(load)
+    arguments = ["sweep", "limits", "--quick", "--seeds", "1", "--epochs", "15", "--out", str(tmp_path / "new folder")]
+    folder = study.main(arguments).parent
     printed = capsys.readouterr().out
+    names = ["teacher", "cross-entropy", *(f"kl tau={tau}" for tau in (1, 4, 20, "inf")), "mse"]
     assert all(name in printed for name in names)
-    assert str(picture) in printed
+    accuracies = {(row["network"], row["loss"], row["tau"]): float(row["accuracy"]) for row in rows_of(folder / "sweep.csv")}
+    assert len(accuracies) == 3 + 4  # the alphas share a key
+    assert accuracies["teacher", "ce", ""] > 70
+    assert all(accuracy > 30 for accuracy in accuracies.values()), accuracies  # 10 is chance
+    pictures = ["sweep.png", "limits-ce.png", "limits-mse.png"]
+    assert all(is_png(folder / picture) for picture in pictures)
+    text = (folder / "report.md").read_text()
+    assert all(f"({picture})" in text for picture in pictures)
+
+    curves = {(row["student"], row["form"], round(float(row["tau"]), 3)): row for row in rows_of(folder / "limits.csv")}
+    warm, cold = curves["mse", "float64", 1e4], curves["mse", "float64", 0.05]
+    assert float(warm["mse_cosine"]) > 0.9999 and float(warm["mse_ratio"]) == pytest.approx(1, abs=1e-3)
+    assert float(cold["label_cosine"]) > 0.9 and float(cold["label_ratio"]) == pytest.approx(1, abs=0.2)
+    assert float(curves["mse", "kdfast float32", 1e4]["error"]) < 2e-6 < float(curves["mse", "eager float32", 1e4]["error"])
 
 
-def test_demo_repeats_itself(load):
-    digits = demo(load)
-    first, second = (digits.run(seeds=1, epochs=3, device=torch.device("cpu")) for _ in range(2))
-    assert first.accuracies == second.accuracies
-    assert torch.equal(first.student_logits, second.student_logits)
+@pytest.fixture
+def small(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of few samples."""
+    tasks = program(load, "tasks")
+
+    def limit(name: str, samples: int) -> None:
+        whole = tasks.TASKS[name]
+
+        def few(folder: Path):
+            task = whole(folder)
+
+            def split(seed: int):
+                s = task.split(seed)
+                return tasks.Split(s.train[:samples], s.train_labels[:samples], s.test[:samples], s.test_labels[:samples])
+
+            return dataclasses.replace(task, split=split)
+
+        monkeypatch.setitem(tasks.TASKS, name, few)
+
+    limit("digits", 256)
+    limit("text", 32)
 
 
-def test_demo_refuses_zero_seeds(load, capsys: pytest.CaptureFixture[str]):
+QUICK = ["--quick", "--seeds", "2", "--epochs", "1", "--taus", "1", "inf", "--alphas", "0.5", "1", "--label-noise", "0.5"]
+
+
+@pytest.mark.parametrize("data", ["digits", "text"])
+def test_every_study(load, data: str, tmp_path: Path, small):
+    folder = program(load).main(["all", "--data", data, *QUICK, "--out", str(tmp_path)]).parent
+    text = (folder / "report.md").read_text()
+    for name in ("sweep", "limits", "features", "sequential", "noise"):
+        assert rows_of(folder / f"{name}.csv"), name
+    pictures = ("sweep", "limits-ce", "limits-mse", "features", "noise")
+    assert all(is_png(folder / f"{name}.png") and f"({name}.png)" in text for name in pictures)
+    assert "teacher -> middle by mse, -> student by kl tau=3" in text
+
+
+def test_a_study_goes_on_where_it_was(load, tmp_path: Path, small, capsys: pytest.CaptureFixture[str]):
+    study = program(load)
+    arguments = ["sweep", *QUICK, "--out", str(tmp_path)]
+    folder = study.main(arguments).parent
+
+    # a finished network is not trained again, and what is trained again comes out the same
+    trained = {path: path.stat().st_mtime_ns for path in (folder / "networks").iterdir()}
+    again = folder / "networks" / "student_mse_from_teacher_ce_seed=1_kdfast.pt"
+    first = torch.load(again, weights_only=True)
+    again.unlink()
+    capsys.readouterr()
+    study.main(arguments)
+    assert "13 of 14 networks were trained before" in capsys.readouterr().out
+    assert all(path.stat().st_mtime_ns == time for path, time in trained.items() if path != again)
+    second = torch.load(again, weights_only=True)
+    assert first["accuracy"] == second["accuracy"]
+    assert all(torch.equal(value, second["state"][name]) for name, value in first["state"].items())
+
+    # the other implementation of the losses: compared where both are there
+    study.main([*arguments, "--loss-impl", "eager"])
+    assert "Test accuracy by eager minus by kdfast" in (folder / "report.md").read_text()
+    assert {row["loss_impl"] for row in rows_of(folder / "sweep.csv")} == {"eager", "kdfast"}
+
     with pytest.raises(SystemExit):
-        demo(load).main(["--seeds", "0"])
+        study.main([*arguments, "--epochs", "2"])
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_losses_of_the_study(load):
+    losses = program(load, "losses")
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, 5, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    labels = torch.randint(7, (3, 5), generator=generator)
+    cross_entropy = losses.CE(student, None, labels, "kdfast")
+    for loss in (losses.MSE, *(losses.kl(tau, alpha) for tau in (0.5, 3.0, math.inf) for alpha in (0.0, 0.3, 1.0))):
+        fused, eager = (loss(student, teacher, labels, implementation) for implementation in losses.IMPLEMENTATIONS)
+        torch.testing.assert_close(fused, eager)
+    p, q = (torch.softmax(x / 3, -1) for x in (teacher, student))
+    divergence = 9 * (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(losses.kl(3.0, 0.3)(student, teacher, labels, "kdfast"), 0.3 * divergence + 0.7 * cross_entropy)
+
+
+def test_cifar100(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    study, tasks = program(load), program(load, "tasks")
+    arguments = ["sweep", "--data", "cifar100", "--data-folder", str(tmp_path), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        study.main(arguments)
+    assert str(tmp_path / "cifar-100-python" / "train") in " ".join(capsys.readouterr().err.split())
+
+    generator = torch.Generator().manual_seed(0)
+    (tmp_path / "cifar-100-python").mkdir()
+    for part, images in (("train", 8), ("test", 6)):
+        pixels = torch.randint(256, (images, 3072), generator=generator, dtype=torch.uint8).numpy()
+        content = {"data": pixels, "fine_labels": [99 - i for i in range(images)], "coarse_labels": [0] * images}
+        (tmp_path / "cifar-100-python" / part).write_bytes(pickle.dumps(content))
+    task = tasks.cifar100(tmp_path)
+    split = task.split(0)
+    assert split.train.shape == (8, 3, 32, 32) and split.test_labels.tolist() == [99, 98, 97, 96, 95, 94]
+    # pixels come row by row, colour by colour, and a crop or a mirror image takes the three colours along
+    assert float(split.test[0, 1, 2, 3]) == pytest.approx(
+        (float(pixels[0, 1024 + 2 * 32 + 3]) / 255 - 0.4865) / 0.2564, abs=1e-5
+    )
+    image = torch.arange(1.0, 1 + 32 * 32).view(1, 1, 32, 32).expand(64, 3, 32, 32)
+    seen = task.augment(image, generator)
+    assert seen.shape == image.shape and torch.equal(seen[:, 0], seen[:, 2])
+    steps = seen[:, 0, 16].diff()[:, 8:24]  # along a row, away from the border
+    assert set(steps.unique().tolist()) == {1.0, -1.0}
+    assert [sum(p.numel() for p in task.build(role).parameters()) for role in tasks.ROLES] == [5_872_180, 2_772_020, 703_284]
+
+    monkeypatch.setitem(tasks.TASKS, "cifar100", lambda folder: dataclasses.replace(task, batch=4))
+    folder = study.main([*arguments, "--quick", "--seeds", "1", "--epochs", "1", "--taus", "1", "--alphas", "0.5"]).parent
+    assert len(rows_of(folder / "sweep.csv")) == 4
+
+
+def test_study_refuses_zero_seeds(load, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        program(load).main(["sweep", "--seeds", "0"])
     assert "--seeds" in capsys.readouterr().err
 
 
