@@ -220,11 +220,6 @@ def test_accuracy_oracle_agrees_with_float64_pytorch(load, tau: float):
     torch.testing.assert_close(torch.from_numpy(truth.teacher), to_teacher, rtol=1e-10, atol=1e-14)
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 COLUMNS = [
     "loss",
     "pass",
