@@ -266,7 +266,6 @@ def blocks_kernel(
     )
 
     store_loss(loss, row, rows, tl.where(used, kl * number(scale, F) * factor, 0.0), PER_ROW)
-    hard = None
     if HARD != "":
         new_top = tl.where(good, hard_top, zero_if_masked(m_top))
         below_mean = None
@@ -290,6 +289,7 @@ def blocks_kernel(
             t = load_tile(teacher, teacher_layout, row, at, mask, F, V)
             w, v = weight(t, frame[0][:, None], temps[3]), weight(s, frame[1][:, None], temps[2])
             y = centred(s, t, frame, temps, READ)
+            hard = None
             if HARD != "":
                 e = exponentials(s, new_top)
                 hard = hard_gradient(e, at, column, counts, hard_inv_z, slope, hard_factor, smoothing, classes, F)
