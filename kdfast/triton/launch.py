@@ -4,9 +4,10 @@ A step launches these kernels and a loss's own alone: no operator of torch runs 
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -41,11 +42,11 @@ def row_offsets(row, layout, V: tl.constexpr):
 
 @triton.jit
 def grad_scale(divisor, divisor_tensor, F: tl.constexpr):
-    """1 / divisor, a tensor's where there is one."""
+    """1 / divisor, times a tensor's where there is one."""
     if divisor_tensor is None:
         return number(1.0 / divisor, F)
     else:
-        return 1.0 / tl.load(divisor_tensor).to(F)
+        return number(1.0 / divisor, F) / tl.load(divisor_tensor).to(F)
 
 
 @triton.jit
@@ -90,12 +91,16 @@ def store_gradient(gradient, layout, width, row, k, rows, classes, g, V: tl.cons
 
 
 @triton.jit
-def divisor_kernel(weight, rows, per_row: "fp64", out, BLOCK: tl.constexpr):
-    """The divisor of a weighted mean; 1 where every row is masked."""
+def divisor_kernel(weight, rows, target, target_stride, ignore_index, per_row: "fp64", out, BLOCK: tl.constexpr):
+    """The divisor of a mean over rows that have weights, or targets; 1 where every row is masked."""
     at = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, rows, BLOCK):
-        total += tl.load(weight + start + at, mask=start + at < rows, other=0).to(tl.float64)
+        w = weight_of(weight, 1, start + at, rows, tl.float64)
+        if target is not None:
+            y = tl.load(target + (start + at) * target_stride, mask=start + at < rows, other=0).to(tl.int64)
+            w = tl.where(y == ignore_index, 0.0, w)
+        total += w
     total = tl.sum(total, 0)
     tl.store(out, tl.where(total == 0.0, 1.0, total * per_row))
 
@@ -113,6 +118,16 @@ def reduce_kernel(partial, count, divisor: "fp64", divisor_tensor, out, BLOCK: t
     else:
         total = total / tl.load(divisor_tensor).to(tl.float64)
     tl.store(out, total.to(out.dtype.element_ty))
+
+
+@triton.jit
+def mix_kernel(hard, soft, count, alpha: "fp64", out, F: tl.constexpr, BLOCK: tl.constexpr):
+    """(1 - alpha) * hard + alpha * soft; one of them, whatever the other holds, at 0 and 1."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    h = tl.load(hard + at, mask=at < count, other=0.0)
+    s = tl.load(soft + at, mask=at < count, other=0.0)
+    mixed = number(1.0 - alpha, F) * h + number(alpha, F) * s
+    tl.store(out + at, tl.where(alpha == 0.0, h, tl.where(alpha == 1.0, s, mixed)), mask=at < count)
 
 
 @triton.jit
@@ -191,8 +206,17 @@ def on_device(tensor: Tensor) -> Any:
     return contextlib.nullcontext()
 
 
-# The number that the sum over rows is divided by: a float, or a tensor where the device alone knows it.
+# The number that the sum over rows is divided by: a float, times a tensor where the device alone knows it.
 Divisor = tuple[float, Tensor | None]
+
+
+class HardPart(NamedTuple):
+    """What kd_loss has beside its soft part."""
+
+    target: Tensor
+    alpha: float
+    ignore_index: int
+    label_smoothing: float
 
 
 class Call:
@@ -200,6 +224,8 @@ class Call:
 
     stats = 0  # numbers a row that the backward needs
     per_row = 1  # how many elements a row counts for in a mean
+    hard: HardPart | None = None
+    hard_loss: Tensor | None = None  # beside what launch_forward returns
 
     def __init__(
         self,
@@ -250,7 +276,48 @@ class Call:
     def empty(self, shape: Any, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
-    def divisor(self) -> Divisor:
+    def hard_args(self, for_gradient: bool, loss: Tensor | None) -> tuple[Any, ...]:
+        """A kernel's arguments of the hard part. loss: the soft part's, which gets a hard_loss beside it."""
+        if self.hard is None:
+            return None, 0, 0, 0.0, 1.0, None, None
+        target, alpha, ignore_index, smoothing = self.hard
+        divisor = _over(1 - alpha, self.hard_divisor) if for_gradient else (1.0, None)
+        hard_loss = None
+        if loss is not None:
+            hard_loss = self.hard_loss = self.empty(loss.shape)
+        return target, 0 if one_number(target) else 1, ignore_index, smoothing, *divisor, hard_loss
+
+    def hard_constants(self) -> dict[str, Any]:
+        if self.hard is None:
+            return {"HARD": "", "SMOOTHED": False}
+        parts = {0.0: "alone", 1.0: "value"}.get(self.hard.alpha, "both")
+        return {"HARD": parts, "SMOOTHED": self.hard.label_smoothing != 0}
+
+    def for_gradient(self, divisor: Divisor) -> Divisor:
+        """The divisor of the gradient of what launch_forward computes."""
+        return divisor if self.hard is None else _over(self.hard.alpha, divisor)
+
+    def values(self, loss: Tensor, divisor: Divisor | None) -> tuple[Tensor, ...]:
+        """What the operators return of what launch_forward returned; divisor: None for one value a row."""
+        soft = loss if divisor is None else self.reduced(loss, divisor)
+        if self.hard is None:
+            return (soft,)
+        hard = self.empty(loss.shape) if self.hard_loss is None else self.hard_loss  # there are no rows
+        hard = hard if divisor is None else self.reduced(hard, self.hard_divisor)
+        mixed, count = self.empty(soft.shape), soft.numel()
+        if count > 0:
+            block = _sum_block(count)
+            mix_kernel[(triton.cdiv(count, block),)](
+                hard, soft, count, self.hard.alpha, mixed, F=self.constants["F"], BLOCK=block
+            )
+        return mixed, hard, soft
+
+    @functools.cached_property
+    def hard_divisor(self) -> Divisor:
+        return self.divisor(hard=True)
+
+    def divisor(self, hard: bool = False) -> Divisor:
+        """Of the soft part, or of a loss that has no other, or of the hard part."""
         if self.number is not None:
             return self.number, None
         if self.denominator is not None:
@@ -259,10 +326,17 @@ class Call:
             return float(self.shape[0]), None
         if self.reduction != 2:
             return 1.0, None
-        if self.row_weight is None or self.rows == 0:
-            return float(self.rows * self.per_row), None
+        per_row = 1 if hard else self.per_row
+        counted = self.hard if hard else None
+        if self.rows == 0 or (self.row_weight is None and counted is None):
+            return float(self.rows * per_row), None
+        target, stride, ignore_index = None, 0, 0
+        if counted is not None:
+            target, stride, ignore_index = counted.target, 0 if one_number(counted.target) else 1, counted.ignore_index
         out = self.empty((), torch.float64)
-        divisor_kernel[(1,)](self.row_weight, self.rows, float(self.per_row), out, BLOCK=_sum_block(self.rows))
+        divisor_kernel[(1,)](
+            self.row_weight, self.rows, target, stride, ignore_index, float(per_row), out, BLOCK=_sum_block(self.rows)
+        )
         return 1.0, out
 
     def reduced(self, partial: Tensor, divisor: Divisor) -> Tensor:
@@ -272,10 +346,15 @@ class Call:
         return out
 
 
-def operators(loss: type[Call]) -> dict[str, Callable[..., Any]]:
+def _over(factor: float, divisor: Divisor) -> Divisor:
+    """The divisor of something that a factor multiplies; where that is 0, nothing is divided by it."""
+    return divisor[0] / (factor or 1.0), divisor[1]
+
+
+def operators(loss: Callable[..., Call]) -> dict[str, Callable[..., Any]]:
     """A loss's operators, as csrc/ops.cpp declares them."""
 
-    def forward(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def forward(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         call = loss(student, teacher, *rest)
         row_stats = call.empty((call.rows, call.stats))
         per_row = call.empty(call.shape) if call.reduction == 0 else None
@@ -283,16 +362,16 @@ def operators(loss: type[Call]) -> dict[str, Callable[..., Any]]:
             value = call.empty((0,)) if per_row is None else per_row
             if call.rows > 0:
                 value = call.launch_forward(per_row, row_stats if call.stats else None, None, (1.0, None))
-            return value if per_row is not None else call.reduced(value, call.divisor()), row_stats
+            return *call.values(value, None if per_row is not None else call.divisor()), row_stats
 
-    def forward_grad(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def forward_grad(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         call = loss(student, teacher, *rest)
         gradient = new_gradient(student)
         with on_device(student):
             divisor, partial = call.divisor(), call.empty((0,))
             if call.rows > 0:
-                partial = call.launch_forward(None, None, gradient, divisor)
-            return call.reduced(partial, divisor), gradient
+                partial = call.launch_forward(None, None, gradient, call.for_gradient(divisor))
+            return *call.values(partial, divisor), gradient
 
     def into(
         grad_student: Tensor | None, grad_teacher: Tensor | None, grad_loss: Tensor, student: Tensor, teacher: Tensor, row_stats: Tensor,
@@ -301,7 +380,7 @@ def operators(loss: type[Call]) -> dict[str, Callable[..., Any]]:
         call = loss(student, teacher, *rest)
         if call.rows > 0 and (grad_student is not None or grad_teacher is not None):
             with on_device(student):
-                call.launch_gradients(row_stats, grad_loss, grad_student, grad_teacher, call.divisor())
+                call.launch_gradients(row_stats, grad_loss, grad_student, grad_teacher, call.for_gradient(call.divisor()))
 
     def backward(grad_loss: Tensor, student: Tensor, teacher: Tensor, row_stats: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         *rest, for_student, for_teacher = rest
