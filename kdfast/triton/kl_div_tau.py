@@ -445,7 +445,7 @@ def forward_tile(classes: int, itemsize: int, with_gradient: bool, hard: bool) -
         together = 512 if double else 1024
         a_warp = 256 if double else 1024  # classes: a row of 1k in one warp needs no barriers
         return max(1, together // c), c, 2 if c <= 32 else 4 if c < 1024 else c // a_warp, True
-    return 1, 2048 if double else 4096, 8, False
+    return 1, 4096 if not double else 1024 if hard else 2048, 8, False
 
 
 def gradient_tile(width: int, itemsize: int) -> tuple[int, int, int]:
