@@ -90,6 +90,6 @@ def test_on_an_emulated_gpu(tmp_path: Path) -> None:
             assert moved <= limit, (k, grads, moved)
         bytes_moved[k, pair, grads] = moved
     for (k, pair, grads), moved in bytes_moved.items():
-        if grads == "kd kl" and k >= 1000:  # a row's target and its three sums are not nothing beside ten classes
+        if grads.startswith("kd") and k >= 1000:  # a row's target and its three sums are not nothing beside ten classes
             assert moved <= 1.02 * bytes_moved[k, pair, "s"], (k, pair, moved)
     assert {k for k, *_ in cases} >= {10, 1000, 1003, 4096, 32000, 128256}

@@ -69,6 +69,17 @@ def hard_gradient(e, k, column, counts, inv_z, slope, factor, smoothing, classes
 
 
 @triton.jit
+def with_hard(soft, hard, HARD: tl.constexpr):
+    """The student's gradient: of the parts that have one."""
+    if HARD == "both":
+        return soft + hard
+    elif HARD == "alone":
+        return hard
+    else:
+        return soft
+
+
+@triton.jit
 def store_hard_stats(row_stats, at, mask, top, inv_z, slope):
     tl.store(row_stats + at, top, mask=mask)
     tl.store(row_stats + at + 1, inv_z, mask=mask)

@@ -25,6 +25,7 @@ from kdfast.triton.cross_entropy import (
     others_of,
     store_hard_stats,
     target_of,
+    with_hard,
 )
 from kdfast.triton.kl_math import (
     STABLE_BELOW,
@@ -45,6 +46,7 @@ from kdfast.triton.kl_math import (
     zero_if_masked,
 )
 from kdfast.triton.launch import (
+    IN_L2,
     Call,
     Divisor,
     HardPart,
@@ -52,12 +54,14 @@ from kdfast.triton.launch import (
     grad_loss_of,
     grad_scale,
     gradient_args,
+    gradient_tile,
     load_tile,
     one_number,
     operators,
     row_offsets,
     store_gradient,
     store_loss,
+    tile_of_rows,
     weight_of,
 )
 
@@ -104,10 +108,7 @@ def _store_gradients(
     if grad_student is not None:
         f = number(for_student, F)
         g = student_gradient(w, v, y - shift[:, None], (f * p_factor)[:, None], (f * q_factor)[:, None])
-        if HARD == "both":
-            g += hard
-        elif HARD == "alone":
-            g = hard
+        g = with_hard(g, hard, HARD)
         store_gradient(grad_student, student_grad_layout, student_width, row, k, rows, classes, g, V, PADDED)
     if grad_teacher is not None:
         mean = tl.where(used, mean, 0.0)
@@ -358,7 +359,6 @@ class KlDivTau(Call):
         )  # fmt: skip
         sixteen_bits = student.element_size() == 2 and teacher.element_size() == 2
         self.constants["READ"] = "scaled" if tau != teacher_tau else "exact" if sixteen_bits else "shifted"
-        self.row_bytes = self.classes * (student.element_size() + teacher.element_size())
         # A row's statistics would be more than a tenth of its logits: its backward computes them again.
         self.forgetful = self.row_bytes < 10 * self.stats * self.dtype.itemsize
 
@@ -432,9 +432,6 @@ class KlDivTau(Call):
 # A table rather than autotuning: a tile's width follows from the number of classes and from the registers (32 classes a thread, or 8 in
 # float64, take all of the 128 that 16 warps leave to each), so there is little to choose, and the choice is the same on every run.
 
-# Bytes of a row of both logits, of which two for each of 132 multiprocessors fit the 50 MiB L2 cache of an H100.
-IN_L2 = 1 << 17
-
 
 def forward_tile(classes: int, itemsize: int, with_gradient: bool, hard: bool) -> tuple[int, int, int, bool]:
     """(rows a program, classes a tile, warps, whether a row lies in one tile)."""
@@ -442,16 +439,8 @@ def forward_tile(classes: int, itemsize: int, with_gradient: bool, hard: bool) -
     double = itemsize == 8
     largest = 4096 if double or not with_gradient else 16384  # without a gradient nothing is gained from keeping a longer row
     if c <= (largest // 2 if hard else largest):  # the hard part's exponentials take registers too
-        together = 512 if double else 1024
-        a_warp = 256 if double else 1024  # classes: a row of 1k in one warp needs no barriers
-        return max(1, together // c), c, 2 if c <= 32 else 4 if c < 1024 else c // a_warp, True
+        return *tile_of_rows(c, itemsize), True
     return 1, 4096 if not double else 1024 if hard else 2048, 8, False
-
-
-def gradient_tile(width: int, itemsize: int) -> tuple[int, int, int]:
-    """(rows a program, classes a tile, warps). Nothing is shared but a row's statistics."""
-    c = min(2048 // (itemsize // 4), max(16, triton.next_power_of_2(width)))
-    return max(1, 1024 // c), c, 2 if c <= 32 else 4
 
 
 OPERATORS = operators(KlDivTau)

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from kdfast.triton.kl_math import number
 
+# Bytes of a row of both logits, of which two for each of 132 multiprocessors fit the 50 MiB L2 cache of an H100.
+IN_L2 = 1 << 17
+
 MAX_ROW_DIMS = 6  # leading dimensions that do not merge, as in csrc/kernels.h; logits of more are copied
 
 
@@ -106,28 +109,51 @@ def divisor_kernel(weight, rows, target, target_stride, ignore_index, per_row: "
 
 
 @triton.jit
-def reduce_kernel(partial, count, divisor: "fp64", divisor_tensor, out, BLOCK: tl.constexpr):
-    """The sum of partial sums, in their order, over the divisor."""
+def _reduced(partial, count, divisor, divisor_tensor, BLOCK: tl.constexpr):
+    """The sum of partial sums, in their order, over the divisor; in float64."""
     at = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, count, BLOCK):
         total += tl.load(partial + start + at, mask=start + at < count, other=0.0).to(tl.float64)
     total = tl.sum(total, 0)
     if divisor_tensor is None:
-        total = total / divisor
+        return total / number(divisor, tl.float64)
     else:
-        total = total / tl.load(divisor_tensor).to(tl.float64)
-    tl.store(out, total.to(out.dtype.element_ty))
+        return total / tl.load(divisor_tensor).to(tl.float64)
 
 
 @triton.jit
-def mix_kernel(hard, soft, count, alpha: "fp64", out, F: tl.constexpr, BLOCK: tl.constexpr):
+def _mixed(hard, soft, alpha):
     """(1 - alpha) * hard + alpha * soft; one of them, whatever the other holds, at 0 and 1."""
+    mixed = number(1.0 - alpha, hard.dtype) * hard + number(alpha, hard.dtype) * soft
+    return tl.where(alpha == 0.0, hard, tl.where(alpha == 1.0, soft, mixed))
+
+
+@triton.jit
+def reduce_kernel(partial, count, divisor: "fp64", divisor_tensor, out, BLOCK: tl.constexpr):
+    tl.store(out, _reduced(partial, count, divisor, divisor_tensor, BLOCK).to(out.dtype.element_ty))
+
+
+@triton.jit
+def reduce_parts_kernel(
+    partial, count, divisor: "fp64", divisor_tensor, out,
+    hard_partial, hard_divisor: "fp64", hard_divisor_tensor, hard_out, alpha: "fp64", mixed_out, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """reduce_kernel for the soft and the hard part, and their mixture."""
+    soft = _reduced(partial, count, divisor, divisor_tensor, BLOCK)
+    hard = _reduced(hard_partial, count, hard_divisor, hard_divisor_tensor, BLOCK)
+    tl.store(out, soft.to(out.dtype.element_ty))
+    tl.store(hard_out, hard.to(out.dtype.element_ty))
+    tl.store(mixed_out, _mixed(hard, soft, alpha).to(out.dtype.element_ty))
+
+
+@triton.jit
+def mix_kernel(hard, soft, count, alpha: "fp64", out, BLOCK: tl.constexpr):
+    """The mixture of each row's parts."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     h = tl.load(hard + at, mask=at < count, other=0.0)
     s = tl.load(soft + at, mask=at < count, other=0.0)
-    mixed = number(1.0 - alpha, F) * h + number(alpha, F) * s
-    tl.store(out + at, tl.where(alpha == 0.0, h, tl.where(alpha == 1.0, s, mixed)), mask=at < count)
+    tl.store(out + at, _mixed(h, s, alpha), mask=at < count)
 
 
 @triton.jit
@@ -143,6 +169,20 @@ def scale_kernel(out, gradient, factor, size, IN_PLACE: tl.constexpr, BLOCK: tl.
 
 
 # ---- on the host -----------------------------------------------------------------------------------------------------------------
+
+
+def tile_of_rows(c: int, itemsize: int) -> tuple[int, int, int]:
+    """(rows a program, classes a tile, warps) for whole rows of up to c classes. Short rows share one warp: nothing waits for another
+    warp, and no two write a row's number."""
+    a_warp = 256 if itemsize == 8 or c <= 256 else min(c, 1024)
+    return max(1, a_warp // c), c, c // min(c, a_warp)
+
+
+def gradient_tile(width: int, itemsize: int) -> tuple[int, int, int]:
+    """(rows a program, classes a tile, warps). Nothing is shared but a row's statistics."""
+    a_warp = 256 if itemsize == 8 or width <= 256 else 512
+    c = min(4 * a_warp, max(16, triton.next_power_of_2(width)))
+    return max(1, a_warp // c), c, c // min(c, a_warp)
 
 
 def merged_rows(logits: Tensor) -> tuple[int, ...] | None:
@@ -242,6 +282,7 @@ class Call:
         self.rows = self.shape.numel()
         self.classes = student.shape[-1] if num_classes < 0 else num_classes
         self.dtype = accumulate_type(student, teacher)
+        self.row_bytes = self.classes * (student.element_size() + teacher.element_size())
         self.device = student.device
         self.row_weight, self.denominator, self.number = row_weight, denominator, divisor
         # the first arguments of every kernel
@@ -299,17 +340,24 @@ class Call:
 
     def values(self, loss: Tensor, divisor: Divisor | None) -> tuple[Tensor, ...]:
         """What the operators return of what launch_forward returned; divisor: None for one value a row."""
-        soft = loss if divisor is None else self.reduced(loss, divisor)
+        count = loss.numel()
+        block = min(1024, max(32, triton.next_power_of_2(count)))
         if self.hard is None:
-            return (soft,)
-        hard = self.empty(loss.shape) if self.hard_loss is None else self.hard_loss  # there are no rows
-        hard = hard if divisor is None else self.reduced(hard, self.hard_divisor)
-        mixed, count = self.empty(soft.shape), soft.numel()
-        if count > 0:
-            block = _sum_block(count)
-            mix_kernel[(triton.cdiv(count, block),)](
-                hard, soft, count, self.hard.alpha, mixed, F=self.constants["F"], BLOCK=block
-            )
+            if divisor is None:
+                return (loss,)
+            out = self.empty(())
+            reduce_kernel[(1,)](loss, count, *divisor, out, BLOCK=block)
+            return (out,)
+        hard_loss = self.empty(loss.shape) if self.hard_loss is None else self.hard_loss  # there are no rows
+        if divisor is None:
+            mixed = self.empty(loss.shape)
+            if count > 0:
+                mix_kernel[(triton.cdiv(count, block),)](hard_loss, loss, count, self.hard.alpha, mixed, BLOCK=block)
+            return mixed, hard_loss, loss
+        mixed, hard, soft = self.empty(()), self.empty(()), self.empty(())
+        reduce_parts_kernel[(1,)](
+            loss, count, *divisor, soft, hard_loss, *self.hard_divisor, hard, self.hard.alpha, mixed, BLOCK=block
+        )
         return mixed, hard, soft
 
     @functools.cached_property
@@ -338,12 +386,6 @@ class Call:
             self.row_weight, self.rows, target, stride, ignore_index, float(per_row), out, BLOCK=_sum_block(self.rows)
         )
         return 1.0, out
-
-    def reduced(self, partial: Tensor, divisor: Divisor) -> Tensor:
-        out = self.empty(())
-        count = partial.shape[0]
-        reduce_kernel[(1,)](partial, count, *divisor, out, BLOCK=_sum_block(count))
-        return out
 
 
 def _over(factor: float, divisor: Divisor) -> Divisor:

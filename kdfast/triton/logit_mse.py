@@ -1,7 +1,7 @@
 """Squared difference of the logits in Triton: the operators logit_mse_* of csrc/ops.cpp, and the kernels of those of logit_huber.py.
 
 Without `center` a row needs nothing of itself: loss and gradient come from one read at any number of classes. With it, a row of up to a
-few thousand classes lies in one program's registers, and a longer one goes through block by block, its gradient in a second pass.
+few thousand classes lies in one program's registers, and a longer one goes through block by block, and once more for its gradient.
 """
 
 from typing import Any
@@ -20,9 +20,11 @@ from kdfast.triton.cross_entropy import (
     load_hard_stats,
     store_hard_stats,
     target_of,
+    with_hard,
 )
 from kdfast.triton.kl_math import largest_finite, number, row_offset, zero_if_masked
 from kdfast.triton.launch import (
+    IN_L2,
     Call,
     Divisor,
     HardPart,
@@ -30,12 +32,14 @@ from kdfast.triton.launch import (
     grad_loss_of,
     grad_scale,
     gradient_args,
+    gradient_tile,
     load_tile,
     one_number,
     operators,
     row_offsets,
     store_gradient,
     store_loss,
+    tile_of_rows,
     weight_of,
 )
 
@@ -165,7 +169,7 @@ def row_kernel(
     HARD: tl.constexpr, SMOOTHED: tl.constexpr, PER_ROW: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr, RESIDENT: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """R rows with `center` or a hard part: their loss and statistics and, where they are resident, the student's gradient where wanted.
+    """R rows with `center` or a hard part: their loss, and what is wanted of their statistics and the student's gradient.
     EXACT: sixteen bits a logit, whose differences need no offset."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     weight = weight_of(row_weight, weight_stride, row, rows, F)
@@ -248,16 +252,33 @@ def row_kernel(
             tl.store(at + 4, mean_slope, mask=row < rows)
         if HARD != "":
             store_hard_stats(row_stats, row * STATS + (STATS - HARD_STATS), row < rows, top, hard_inv_z, hard_slope)
-    if RESIDENT and grad_student is not None:
+    if grad_student is not None:
         factor = tl.where(used, grad_scale(divisor, divisor_tensor, F) * weight * row_scale, 0.0)
-        g = tl.where(counts, (_slope(d, delta, F, KIND) - mean_slope[:, None]) * factor[:, None], 0.0)
-        if HARD == "both" or HARD == "alone":
-            hard_factor = weight * grad_scale(hard_divisor, hard_divisor_tensor, F)
-            e = exponentials(s, top)
-            h = hard_gradient(e, k, column, counts_hard, hard_inv_z, hard_slope, hard_factor, smoothing, classes, F)
-            g = h if HARD == "alone" else g + h
-        for start in range(0, width if PADDED else 1, C):  # beyond the first tile all is padding
-            store_gradient(grad_student, grad_layout, width, row, start + k, rows, classes, g, V, PADDED)
+        hard_factor = weight * grad_scale(hard_divisor, hard_divisor_tensor, F)
+        hard = None
+        if RESIDENT:
+            g = tl.where(counts, (_slope(d, delta, F, KIND) - mean_slope[:, None]) * factor[:, None], 0.0)
+            if HARD != "":
+                e = exponentials(s, top)
+                hard = hard_gradient(e, k, column, counts_hard, hard_inv_z, hard_slope, hard_factor, smoothing, classes, F)
+            g = with_hard(g, hard, HARD)
+            for start in range(0, width if PADDED else 1, C):  # beyond the first tile all is padding
+                store_gradient(grad_student, grad_layout, width, row, start + k, rows, classes, g, V, PADDED)
+        else:
+            blocks = tl.cdiv(width, C)
+            for block in range(blocks):
+                at = (blocks - 1 - block) * C + k  # the last one is the likeliest to be in the cache still
+                mask = used[:, None] & (at < end)[None, :]
+                s = load_tile(student, student_layout, row, at, mask, F, V)
+                t = load_tile(teacher, teacher_layout, row, at, mask, F, V)
+                d, counts = _differences(s - s_offset[:, None], t - t_offset[:, None])
+                slope = _slope(d - mean[:, None], delta, F, KIND) - mean_slope[:, None]
+                g = tl.where(counts, slope * factor[:, None], 0.0)
+                if HARD != "":
+                    e = exponentials(s, top)
+                    hard = hard_gradient(e, at, column, counts_hard, hard_inv_z, hard_slope, hard_factor, smoothing, classes, F)
+                g = with_hard(g, hard, HARD)
+                store_gradient(grad_student, grad_layout, width, row, at, rows, classes, g, V, PADDED)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -282,13 +303,14 @@ def gradient_kernel(
     t = load_tile(teacher, teacher_layout, row, k, mask, F, V)
     factor = grad_scale(divisor, divisor_tensor, F) * weight * number(scale, F)
     factor *= grad_loss_of(grad_loss, grad_loss_stride, row, rows, F)
-    if HARD == "both" or HARD == "alone":
+    hard = None
+    if HARD != "":
         column, counts_hard = target_of(target, target_stride, ignore_index, row, rows, classes, used)
         top, hard_inv_z, hard_slope = load_hard_stats(row_stats, row * STATS + (STATS - HARD_STATS), used)
         hard_factor = weight * grad_scale(hard_divisor, hard_divisor_tensor, F)
         hard_factor *= grad_loss_of(grad_loss, grad_loss_stride, row, rows, F)
         e = exponentials(s, top)
-        h = hard_gradient(e, k, column, counts_hard, hard_inv_z, hard_slope, hard_factor, smoothing, classes, F)
+        hard = hard_gradient(e, k, column, counts_hard, hard_inv_z, hard_slope, hard_factor, smoothing, classes, F)
     if row_stats is not None:
         at = row_stats + row * STATS
         s -= tl.load(at, mask=used, other=0.0)[:, None]
@@ -304,13 +326,11 @@ def gradient_kernel(
         d, _counts = _differences(s, t)
         slope = _slope(d, delta, F, KIND)
     g = slope * tl.where(used, factor, 0.0)[:, None]
-    if HARD == "alone":
-        g = tl.zeros_like(g)
     if grad_teacher is not None:
-        store_gradient(grad_teacher, teacher_grad_layout, teacher_width, row, k, rows, classes, -g, V, PADDED)
-    if HARD == "both" or HARD == "alone":
-        g += h
+        for_teacher = tl.zeros_like(g) if HARD == "alone" else -g
+        store_gradient(grad_teacher, teacher_grad_layout, teacher_width, row, k, rows, classes, for_teacher, V, PADDED)
     if grad_student is not None:
+        g = with_hard(g, hard, HARD)
         store_gradient(grad_student, student_grad_layout, student_width, row, k, rows, classes, g, V, PADDED)
 
 
@@ -358,15 +378,17 @@ class LogitDifference(Call):
                 **self.constants, PER_ROW=per_row, R=r, C=c, num_warps=warps,
             )  # fmt: skip
             return loss
-        if row_stats is None and not resident:
+        at_once = gradient if resident or self.row_bytes <= IN_L2 else None
+        if row_stats is None and at_once is None:
             row_stats = self.empty((self.rows, self.stats))
         row_kernel[(programs,)](
-            *self.inputs, *self.parameters, *divisor, *self.hard_args(gradient is not None, loss), loss, row_stats,
-            *gradient_args(gradient if resident else None),
+            *self.inputs, *self.parameters, *divisor, *self.hard_args(at_once is not None, loss), loss, row_stats,
+            *gradient_args(at_once),
             **self.constants, **self.of_rows, PER_ROW=per_row, R=r, C=c, EXACT=self.exact, RESIDENT=resident,
             num_warps=warps,
         )  # fmt: skip
-        if gradient is not None and row_stats is not None:
+        if gradient is not at_once:
+            assert row_stats is not None
             self.launch_gradients(row_stats, None, gradient, None, divisor)
         return loss
 
@@ -379,14 +401,13 @@ class LogitDifference(Call):
         divisor: Divisor,
     ) -> None:
         width = max(g.shape[-1] for g in (grad_student, grad_teacher) if g is not None)
-        c = min(1024, max(16, triton.next_power_of_2(width)))
-        r = max(1, 1024 // c)
+        r, c, warps = gradient_tile(width, self.dtype.itemsize)
         blocks = triton.cdiv(width, c)
         gradient_kernel[(triton.cdiv(self.rows, r) * blocks,)](
             *self.inputs, *self.parameters, *divisor, *self.hard_args(True, None), row_stats if self.stats else None,
             grad_loss, 0 if grad_loss is None or one_number(grad_loss) else 1,
             *gradient_args(grad_student), *gradient_args(grad_teacher), blocks,
-            **self.constants, **self.of_rows, R=r, C=c, num_warps=2 if c <= 32 else 4,
+            **self.constants, **self.of_rows, R=r, C=c, num_warps=warps,
         )  # fmt: skip
 
 
@@ -399,10 +420,8 @@ def forward_tile(classes: int, itemsize: int, center: bool, with_gradient: bool)
     if not resident:
         c = 2048
     if c <= 1024:
-        warps = 2 if c <= 32 else 1 if c == 1024 and not double else 4  # one warp for a row of 1k: no barriers
-    else:
-        warps = max(4, min(16, c // (256 if double else 512)))
-    return max(1, (512 if double else 1024) // c), c, warps, resident
+        return *tile_of_rows(c, itemsize), True
+    return 1, c, max(4, min(16, c // (256 if double else 512))), resident
 
 
 class LogitMse(LogitDifference):
