@@ -172,17 +172,19 @@ def scale_kernel(out, gradient, factor, size, IN_PLACE: tl.constexpr, BLOCK: tl.
 
 
 def tile_of_rows(c: int, itemsize: int) -> tuple[int, int, int]:
-    """(rows a program, classes a tile, warps) for whole rows of up to c classes. Short rows share one warp: nothing waits for another
-    warp, and no two write a row's number."""
-    a_warp = 256 if itemsize == 8 or c <= 256 else min(c, 1024)
-    return max(1, a_warp // c), c, c // min(c, a_warp)
+    """(rows a program, classes a tile, warps) for whole rows of up to c classes."""
+    double = itemsize == 8
+    if c <= 512:
+        together = 1024 if c == 16 and not double else 512
+        return together // c, c, 2
+    return 1, c, c // (256 if double else 1024)  # a row of 1k in one warp needs no barriers
 
 
 def gradient_tile(width: int, itemsize: int) -> tuple[int, int, int]:
     """(rows a program, classes a tile, warps). Nothing is shared but a row's statistics."""
-    a_warp = 256 if itemsize == 8 or width <= 256 else 512
+    a_warp = 256 if itemsize == 8 else 512
     c = min(4 * a_warp, max(16, triton.next_power_of_2(width)))
-    return max(1, a_warp // c), c, c // min(c, a_warp)
+    return tile_of_rows(c, itemsize) if c <= 512 else (1, c, c // a_warp)
 
 
 def merged_rows(logits: Tensor) -> tuple[int, ...] | None:

@@ -255,8 +255,8 @@ def row_kernel(
     if grad_student is not None:
         factor = tl.where(used, grad_scale(divisor, divisor_tensor, F) * weight * row_scale, 0.0)
         hard_factor = weight * grad_scale(hard_divisor, hard_divisor_tensor, F)
-        hard = None
         if RESIDENT:
+            hard = None
             g = tl.where(counts, (_slope(d, delta, F, KIND) - mean_slope[:, None]) * factor[:, None], 0.0)
             if HARD != "":
                 e = exponentials(s, top)
@@ -274,6 +274,7 @@ def row_kernel(
                 d, counts = _differences(s - s_offset[:, None], t - t_offset[:, None])
                 slope = _slope(d - mean[:, None], delta, F, KIND) - mean_slope[:, None]
                 g = tl.where(counts, slope * factor[:, None], 0.0)
+                hard = None
                 if HARD != "":
                     e = exponentials(s, top)
                     hard = hard_gradient(e, at, column, counts_hard, hard_inv_z, hard_slope, hard_factor, smoothing, classes, F)
