@@ -185,7 +185,7 @@ def blocks_kernel(
     divisor: "fp64", divisor_tensor,
     target, target_stride, ignore_index, smoothing: "fp64", hard_divisor: "fp64", hard_divisor_tensor, hard_loss,
     loss, row_stats, grad_student, student_grad_layout, student_width,
-    F: tl.constexpr, READ: tl.constexpr, STATS: tl.constexpr, HARD: tl.constexpr, SMOOTHED: tl.constexpr, SHARED: tl.constexpr,
+    F: tl.constexpr, READ: tl.constexpr, STATS: tl.constexpr, HARD: tl.constexpr, SMOOTHED: tl.constexpr,
     PER_ROW: tl.constexpr, C: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """One row, block by block: its loss, and what is wanted of its statistics and the student's gradient."""
@@ -308,7 +308,7 @@ def gradient_kernel(
     target, target_stride, ignore_index, smoothing: "fp64", hard_divisor: "fp64", hard_divisor_tensor, hard_loss,
     row_stats, grad_loss, grad_loss_stride,
     grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width, blocks,
-    F: tl.constexpr, READ: tl.constexpr, STATS: tl.constexpr, HARD: tl.constexpr, SMOOTHED: tl.constexpr, SHARED: tl.constexpr,
+    F: tl.constexpr, READ: tl.constexpr, STATS: tl.constexpr, HARD: tl.constexpr, SMOOTHED: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """A tile of R rows and C classes of the gradients, from the rows' statistics."""
@@ -351,7 +351,8 @@ class KlDivTau(Call):
         self.hard = hard
         if hard is not None:
             self.stats = STATS + HARD_STATS.value
-        self.constants |= {"STATS": self.stats, "SHARED": tau == 1, **self.hard_constants()}
+        self.constants |= {"STATS": self.stats, **self.hard_constants()}
+        self.shared = hard is not None and tau == 1  # the exponentials of the parts
         scale = tau * tau if scale_by_tau_squared else 1.0
         log2_e = 1 / math.log(2)
         self.temperatures = (
@@ -404,7 +405,7 @@ class KlDivTau(Call):
             *self.hard_args(grad_student is not None or grad_teacher is not None, loss), loss, row_stats,
             grad_loss, 0 if grad_loss is None or one_number(grad_loss) else 1,
             *gradient_args(grad_student), *gradient_args(grad_teacher),
-            **self.constants, PER_ROW=per_row, R=r, C=c, num_warps=warps,
+            **self.constants, SHARED=self.shared, PER_ROW=per_row, R=r, C=c, num_warps=warps,
         )  # fmt: skip
 
     def launch_gradients(
