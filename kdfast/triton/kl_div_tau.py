@@ -1,4 +1,5 @@
-"""softmax-KL at temperature tau in Triton: the operators kl_div_tau_* of csrc/ops.cpp. kl_math.py has the formulas.
+"""softmax-KL at temperature tau in Triton: the operators kl_div_tau_* of csrc/ops.cpp, and the kernels of kd_loss.py with soft="kl".
+kl_math.py has the formulas, cross_entropy.py those of the hard part.
 
 A row of up to a few thousand classes lies in one program's registers, several rows in one where they are short: loss and gradient come
 from one read. A longer row goes through block by block, and once more for its gradient: at once, from the L2 cache, where the rows of

@@ -1,7 +1,9 @@
-"""Squared difference of the logits in Triton: the operators logit_mse_* of csrc/ops.cpp, and the kernels of those of logit_huber.py.
+"""Squared difference of the logits in Triton: the operators logit_mse_* of csrc/ops.cpp, and the kernels of logit_huber.py and of
+kd_loss.py with soft="mse".
 
-Without `center` a row needs nothing of itself: loss and gradient come from one read at any number of classes. With it, a row of up to a
-few thousand classes lies in one program's registers, and a longer one goes through block by block, and once more for its gradient.
+Without `center` a row needs nothing of itself: loss and gradient come from one read at any number of classes. With it, or with the hard
+part of kd_loss, a row of up to a few thousand classes lies in one program's registers, and a longer one goes through block by block, and
+once more for its gradient: at once, from the L2 cache, where the rows of all multiprocessors fit there.
 """
 
 from typing import Any
