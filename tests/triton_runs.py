@@ -333,17 +333,18 @@ def gradcheck() -> None:
                 s, t, o[0], kind=o[1], center=o[2], backend="triton"
             )
             assert torch.autograd.gradcheck(call, (student, teacher))
-    for soft, tau, alpha in (("kl", 1.0, 0.4), ("kl", 3.0, 0.0), ("mse", 1.0, 0.4), ("kl", math.inf, 0.7)):
-        for reduction in ("none", "mean"):
-            call = lambda s, t, o=(soft, tau, alpha, reduction): kdfast.kd_loss(  # noqa: E731
-                s, t, torch.tensor([1, 3]), soft=o[0], tau=o[1], alpha=o[2], reduction=o[3], label_smoothing=0.1,
-                row_weight=weight, backend="triton",
-            )  # fmt: skip
-            assert torch.autograd.gradcheck(call, (student, teacher))
     assert torch.autograd.gradgradcheck(lambda s, t: kdfast.kl_div_tau(s, t, 2.0, backend="triton"), (student, teacher))
-    for soft in ("kl", "mse"):
-        call = lambda s, t, soft=soft: kdfast.kd_loss(s, t, torch.tensor([1, -100]), soft=soft, backend="triton")  # noqa: E731
-        assert torch.autograd.gradgradcheck(call, (student, teacher))
+    student, teacher = (x.detach()[:, :3].clone().requires_grad_() for x in (student, teacher))
+    for soft, tau, alpha, reduction in (
+        ("kl", 1.0, 0.4, "none"), ("kl", 3.0, 0.0, "mean"), ("mse", 1.0, 0.4, "mean"), ("kl", math.inf, 0.7, "none"),
+    ):  # fmt: skip
+        call = lambda s, t, o=(soft, tau, alpha, reduction): kdfast.kd_loss(  # noqa: E731
+            s, t, torch.tensor([1, 2]), soft=o[0], tau=o[1], alpha=o[2], reduction=o[3], label_smoothing=0.1,
+            row_weight=weight, backend="triton",
+        )  # fmt: skip
+        assert torch.autograd.gradcheck(call, (student, teacher))
+    call = lambda s, t: kdfast.kd_loss(s, t, torch.tensor([1, -100]), tau=2.0, backend="triton")  # noqa: E731
+    assert torch.autograd.gradgradcheck(call, (student, teacher))
 
 
 def compiled_graph() -> None:
@@ -459,9 +460,14 @@ def compile_for(capability: int) -> None:
                 ("kd_loss", (torch.zeros(4, dtype=torch.int64), 4.0, 0.9, 0, -100, 0.1), 12),
                 ("kd_loss", (torch.zeros(4, dtype=torch.int64), 4.0, 0.9, 1, -100, 0.1), 7),
             ):
+                # kd_loss shares its kernels with the others: on other chips what it adds to one of each is enough
+                added = loss == "kd_loss" and capability != 90
+                if added and dtype == torch.float64:
+                    continue
                 rest = (None, None, None, 3, -1, *extra)
                 stats = torch.zeros(4, numbers)
-                OPERATORS[f"{loss}_forward"](student, teacher, *rest)
+                if not added:
+                    OPERATORS[f"{loss}_forward"](student, teacher, *rest)
                 OPERATORS[f"{loss}_forward_grad"](student, teacher, *rest)
                 if k in (1000, 32000) and capability == 90:
                     OPERATORS[f"{loss}_backward"](one, student, teacher, stats, *rest, True, True)

@@ -80,10 +80,11 @@ def with_hard(soft, hard, HARD: tl.constexpr):
 
 
 @triton.jit
-def store_hard_stats(row_stats, at, mask, top, inv_z, slope):
-    tl.store(row_stats + at, top, mask=mask)
-    tl.store(row_stats + at + 1, inv_z, mask=mask)
-    tl.store(row_stats + at + 2, slope, mask=mask)
+def store_hard_stats(row_stats, at, mask, counts, top, inv_z, slope):
+    """Zeros for a row without a hard part."""
+    tl.store(row_stats + at, tl.where(counts, top, 0.0), mask=mask)
+    tl.store(row_stats + at + 1, tl.where(counts, inv_z, 0.0), mask=mask)
+    tl.store(row_stats + at + 2, tl.where(counts, slope, 0.0), mask=mask)
 
 
 @triton.jit

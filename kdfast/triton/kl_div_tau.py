@@ -160,7 +160,7 @@ def rows_kernel(
         if hard_loss is not None:
             store_loss(hard_loss, row, rows, tl.where(counts, hard_value * factor, 0.0), PER_ROW)
         if row_stats is not None:
-            store_hard_stats(row_stats, row * STATS + (STATS - HARD_STATS), row < rows, frame[1], hard_inv_z, slope)
+            store_hard_stats(row_stats, row * STATS + (STATS - HARD_STATS), row < rows, counts, frame[1], hard_inv_z, slope)
     if loss is not None:
         store_loss(loss, row, rows, tl.where(used, kl * number(scale, F) * factor, 0.0), PER_ROW)
     if row_stats is not None:
@@ -277,7 +277,7 @@ def blocks_kernel(
         hard_value, hard_inv_z, slope = hard_of_row(new_top, s_target, column, hard_others, below_mean, smoothing, F)
         store_loss(hard_loss, row, rows, tl.where(counts, hard_value * factor, 0.0), PER_ROW)
         if row_stats is not None:
-            store_hard_stats(row_stats, row * STATS + (STATS - HARD_STATS), row < rows, new_top, hard_inv_z, slope)
+            store_hard_stats(row_stats, row * STATS + (STATS - HARD_STATS), row < rows, counts, new_top, hard_inv_z, slope)
     if row_stats is not None:
         _store_stats(row_stats, row, row < rows, frame, mean, shift, inv_s0, inv_z, STATS)
     if grad_student is not None:

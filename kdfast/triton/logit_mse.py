@@ -253,7 +253,9 @@ def row_kernel(
         if KIND != "square":
             tl.store(at + 4, mean_slope, mask=row < rows)
         if HARD != "":
-            store_hard_stats(row_stats, row * STATS + (STATS - HARD_STATS), row < rows, top, hard_inv_z, hard_slope)
+            store_hard_stats(
+                row_stats, row * STATS + (STATS - HARD_STATS), row < rows, counts_hard, top, hard_inv_z, hard_slope
+            )
     if grad_student is not None:
         factor = tl.where(used, grad_scale(divisor, divisor_tensor, F) * weight * row_scale, 0.0)
         hard_factor = weight * grad_scale(hard_divisor, hard_divisor_tensor, F)
