@@ -20,6 +20,7 @@ from kdfast.triton.kl_math import number
 IN_L2 = 1 << 17
 
 MAX_ROW_DIMS = 6  # leading dimensions that do not merge, as in csrc/kernels.h; logits of more are copied
+SUM_BLOCK = 1024  # rows that a program adds up, or mixes, at a time
 
 
 # ---- in kernels ------------------------------------------------------------------------------------------------------------------
@@ -343,22 +344,21 @@ class Call:
     def values(self, loss: Tensor, divisor: Divisor | None) -> tuple[Tensor, ...]:
         """What the operators return of what launch_forward returned; divisor: None for one value a row."""
         count = loss.numel()
-        block = min(1024, max(32, triton.next_power_of_2(count)))
         if self.hard is None:
             if divisor is None:
                 return (loss,)
             out = self.empty(())
-            reduce_kernel[(1,)](loss, count, *divisor, out, BLOCK=block)
+            reduce_kernel[(1,)](loss, count, *divisor, out, BLOCK=SUM_BLOCK)
             return (out,)
         hard_loss = self.empty(loss.shape) if self.hard_loss is None else self.hard_loss  # there are no rows
         if divisor is None:
             mixed = self.empty(loss.shape)
             if count > 0:
-                mix_kernel[(triton.cdiv(count, block),)](hard_loss, loss, count, self.hard.alpha, mixed, BLOCK=block)
+                mix_kernel[(triton.cdiv(count, SUM_BLOCK),)](hard_loss, loss, count, self.hard.alpha, mixed, BLOCK=SUM_BLOCK)
             return mixed, hard_loss, loss
         mixed, hard, soft = self.empty(()), self.empty(()), self.empty(())
         reduce_parts_kernel[(1,)](
-            loss, count, *divisor, soft, hard_loss, *self.hard_divisor, hard, self.hard.alpha, mixed, BLOCK=block
+            loss, count, *divisor, soft, hard_loss, *self.hard_divisor, hard, self.hard.alpha, mixed, BLOCK=SUM_BLOCK
         )
         return mixed, hard, soft
 
@@ -384,9 +384,7 @@ class Call:
         if counted is not None:
             target, stride, ignore_index = counted.target, 0 if one_number(counted.target) else 1, counted.ignore_index
         out = self.empty((), torch.float64)
-        divisor_kernel[(1,)](
-            self.row_weight, self.rows, target, stride, ignore_index, float(per_row), out, BLOCK=_sum_block(self.rows)
-        )
+        divisor_kernel[(1,)](self.row_weight, self.rows, target, stride, ignore_index, float(per_row), out, BLOCK=SUM_BLOCK)
         return 1.0, out
 
 
@@ -440,10 +438,6 @@ def operators(loss: Callable[..., Call]) -> dict[str, Callable[..., Any]]:
         return grad_teacher
 
     return {f.__name__: f for f in (forward, forward_grad, backward, backward_inplace)}
-
-
-def _sum_block(count: int) -> int:
-    return min(1024, max(32, triton.next_power_of_2(count)))
 
 
 def new_gradient(like: Tensor, wanted: bool = True) -> Tensor:
