@@ -82,11 +82,9 @@ def hard_part(where: h.Where) -> None:
             rows = torch.tensor([0, 1, 3])
             student[rows, target[rows]] = depth
             for soft in ("kl", "mse"):
-                h.check(
-                    where, "kd_loss", student, teacher, target=target, soft=soft, alpha=0.0, label_smoothing=0.1, grads="st"
-                )
-                h.check(where, "kd_loss", student, teacher, target=target, soft=soft, alpha=0.0, reduction="none")
-                h.check(where, "kd_loss", -student, teacher, target=target, soft=soft, alpha=0.0, reduction="none", grads="st")
+                options = {"target": target, "soft": soft, "alpha": 0.0}
+                h.check(where, "kd_loss", student, teacher, label_smoothing=0.1, **options)
+                h.check(where, "kd_loss", -student, teacher, reduction="none", grads="st", **options)
         student, teacher = h.logits("typical", (4, k))
         h.check(where, "kd_loss", student, teacher, target=target.int(), grads="st")
         h.check(where, "kd_loss", student, teacher, target=target, ignore_index=3, row_weight=torch.tensor([1, 2, 0, 0.5]))
@@ -170,6 +168,9 @@ def online(where: h.Where) -> None:
     student, teacher = h.logits("offset", (2, k))
     for kind in ("pseudo", "smooth_l1"):
         h.check(where, "logit_huber", student, teacher, kind=kind, center=True, grads="st", reduction="none")
+    student, teacher = h.logits("offset", (1, 17000), h.PAIRS["bf16"])  # too long for one tile; both its reads in one program
+    for loss, extra in (("logit_mse", {"center": True}), ("logit_huber", {"center": True}), ("kd_loss", {"soft": "mse"})):
+        h.check(where, loss, student, teacher, **extra)
     masked = torch.from_numpy(rng.standard_normal((2, k))).float()
     masked[0, :4096] = -h.INF  # a block without any class of the teacher, where the student has some
     student = torch.from_numpy(rng.standard_normal((2, k))).float()
