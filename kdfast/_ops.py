@@ -97,14 +97,14 @@ def _define_triton(losses: tuple[Loss, ...]) -> list[torch.library.Library]:
 
 KL_DIV_TAU, LOGIT_MSE = _kl_div_tau("kdfast"), _logit_mse("kdfast")
 LOGIT_HUBER, KD_LOSS = _logit_huber("kdfast"), _kd_loss("kdfast")
-_libraries = _define_triton((KL_DIV_TAU, LOGIT_MSE, LOGIT_HUBER))
-_TRITON = {loss.name: loss for loss in (make("kdfast_triton") for make in (_kl_div_tau, _logit_mse, _logit_huber))}
+_libraries = _define_triton((KL_DIV_TAU, LOGIT_MSE, LOGIT_HUBER, KD_LOSS))
+_TRITON = {loss.name: loss for loss in (make("kdfast_triton") for make in (_kl_div_tau, _logit_mse, _logit_huber, _kd_loss))}
 LOSSES = (KL_DIV_TAU, LOGIT_MSE, LOGIT_HUBER, KD_LOSS, *_TRITON.values())
 
 
-def on_triton(loss: Loss) -> Loss | None:
-    """The same loss by Triton's kernels; None where there are none."""
-    return _TRITON.get(loss.name)
+def on_triton(loss: Loss) -> Loss:
+    """The same loss by Triton's kernels."""
+    return _TRITON[loss.name]
 
 
 def transformed() -> bool:

@@ -335,7 +335,7 @@ def _call(
         values = loss.reference(student, teacher, *options, *_ops.given(target), *parameters)
         return values if loss.values > 1 else (values,)
     if backend == "triton":
-        loss = _ops.on_triton(loss) or loss
+        loss = _ops.on_triton(loss)
     if target is None or torch.compiler.is_compiling():
         return _ops.apply(loss, student, teacher, target, options, parameters, inplace)
     try:
@@ -506,12 +506,12 @@ def _resolve_backend(backend: str, student: Tensor, loss: _ops.Loss) -> str:
     if backend == "auto":
         if has_kernel:
             return "cpp"
-        if device == "cuda" and _missing_for_triton(student.device, loss) is None:
+        if device == "cuda" and _missing_for_triton(student.device) is None:
             return "triton"
         _warn_of_reference(device, loss)
         return "reference"
     if backend == "triton":
-        missing = _missing_for_triton(student.device, loss)
+        missing = _missing_for_triton(student.device)
         if missing is not None:
             raise ValueError(f"backend 'triton' cannot run here: {missing}; or pass backend='cpp' or 'reference'")
     if backend == "cpp" and not has_kernel:
@@ -527,10 +527,8 @@ OLDEST_FOR_TRITON = (8, 0)  # compute capability
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _missing_for_triton(device: torch.device, loss: _ops.Loss) -> str | None:
-    """What backend "triton" lacks for a loss of logits on a device; None where it runs."""
-    if _ops.on_triton(loss) is None:
-        return f"it has no kernels of {loss.name} yet"
+def _missing_for_triton(device: torch.device) -> str | None:
+    """What backend "triton" lacks for logits on a device; None where it runs."""
     if not HAS_TRITON:
         return "the package triton is not installed (pip install triton)"
     if device.type == "cuda":

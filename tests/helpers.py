@@ -622,9 +622,7 @@ class Where:
         from kdfast import _ops
 
         own: _ops.Loss = getattr(_ops, loss.upper())
-        if self.device == "cpu" or self.backend == "reference":
-            return True
-        return own.has_cuda_kernels if self.backend == "cpp" else _ops.on_triton(own) is not None
+        return self.device == "cpu" or self.backend != "cpp" or own.has_cuda_kernels
 
     def put(self, x: Any) -> Any:
         return x.to(self.device) if isinstance(x, Tensor) else x

@@ -202,27 +202,29 @@ def test_a_backend_that_is_not_there_says_how_to_get_it(name: str) -> None:
     assert "triton" in str(caught.value) and "backend" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["logit_huber", "kd_loss"])
-def test_a_loss_without_kernels_on_the_device_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ "auto" falls back to plain torch with one warning that names the loss; a backend asked for by name is refused."""
+@pytest.mark.parametrize("name", ["kl_div_tau", "logit_mse", "logit_huber", "kd_loss"])
+def test_a_gpu_without_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "auto" takes Triton's; without triton, plain torch, with one warning that names the loss. A backend asked for by name is refused."""
     from kdfast import _ops, functional
 
-    loss = getattr(_ops, name.upper())
+    loss = getattr(_ops, name.upper())._replace(has_cuda_kernels=False)
     monkeypatch.setattr(functional, "_warned", set())
-    monkeypatch.setattr(functional, "HAS_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     on_gpu = types.SimpleNamespace(device=torch.device("cuda"))
-    if not loss.has_cuda_kernels:
-        with pytest.raises(ValueError, match=f"cpp.*{name}"):
-            functional._resolve_backend("cpp", on_gpu, loss)
-    if _ops.on_triton(loss) is None:
-        with pytest.raises(ValueError, match=f"triton.*{name}"):
-            functional._resolve_backend("triton", on_gpu, loss)
-    if not loss.has_cuda_kernels and _ops.on_triton(loss) is None:
-        with pytest.warns(UserWarning, match=f"{name}.*cuda.*plain torch"):
-            assert functional._resolve_backend("auto", on_gpu, loss) == "reference"
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # once
-            assert functional._resolve_backend("auto", on_gpu, loss) == "reference"
+    with pytest.raises(ValueError, match=f"cpp.*{name}"):
+        functional._resolve_backend("cpp", on_gpu, loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.setattr(functional, "HAS_TRITON", True)
+        assert functional._resolve_backend("auto", on_gpu, loss) == "triton"
+    monkeypatch.setattr(functional, "HAS_TRITON", False)
+    with pytest.raises(ValueError, match=r"triton.*pip install"):
+        functional._resolve_backend("triton", on_gpu, loss)
+    with pytest.warns(UserWarning, match=f"{name}.*cuda.*plain torch"):
+        assert functional._resolve_backend("auto", on_gpu, loss) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        assert functional._resolve_backend("auto", on_gpu, loss) == "reference"
 
 
 # ------------------------------------------------------------------------------------------------- import and

@@ -59,8 +59,76 @@ def interpret() -> None:
     specials(where)
     strides(where)
     agreement(where)
+    hard_part(where)
     gradcheck()
     compiled_graph()
+
+
+def hard_part(where: h.Where) -> None:
+    """What kd_loss adds: the mixture, targets, long rows whose target lies in a later block, parts."""
+    for k in (17, 9000):
+        student, teacher = h.logits("typical", (4 if k < 100 else 2, k))
+        for soft, tau in (("kl", 4.0), ("kl", 1.0), ("kl", math.inf), ("mse", 1.0)):
+            for alpha, smoothing in ((0.3, 0.1), (0.0, 0.1), (0.0, 0.0), (1.0, 0.1))[: None if k < 100 else 1]:
+                mixture = {"soft": soft, "tau": tau, "alpha": alpha, "label_smoothing": smoothing}
+                h.check(where, "kd_loss", student, teacher, **mixture)
+                h.check(where, "kd_loss", student, teacher, grads="st", reduction="none", **mixture)
+    for k in (100, 9000):
+        target = torch.tensor([3, k - 1, -100, k // 2])
+        # The target far above the others, and far below: the blocks' frame is another's.
+        for depth in (15.0, 40.0, 120.0) if k < 1000 else (120.0,):
+            student, teacher = h.logits("typical", (4, k))
+            student = student.clamp(-3, 3)
+            rows = torch.tensor([0, 1, 3])
+            student[rows, target[rows]] = depth
+            for soft in ("kl", "mse"):
+                options = {"target": target, "soft": soft, "alpha": 0.0}
+                h.check(where, "kd_loss", student, teacher, label_smoothing=0.1, **options)
+                h.check(where, "kd_loss", -student, teacher, reduction="none", grads="st", **options)
+        student, teacher = h.logits("typical", (4, k))
+        h.check(where, "kd_loss", student, teacher, target=target.int(), grads="st")
+        h.check(where, "kd_loss", student, teacher, target=target, ignore_index=3, row_weight=torch.tensor([1, 2, 0, 0.5]))
+        h.check(where, "kd_loss", student, teacher, target=torch.full((4,), -100), alpha=0.5, grads="st")
+        for spoilt in (student, teacher):  # rows that are masked, or ignored at alpha = 0, may hold anything
+            spoilt[2, 1] = math.nan
+            h.check(where, "kd_loss", student, teacher, target=target, row_weight=torch.tensor([1.0, 1, 0, 1]), grads="st")
+            h.check(where, "kd_loss", student, teacher, target=target, alpha=0.0, grads="st", reduction="none")
+        for soft in ("kl", "mse"):
+            student, teacher = (x.double() for x in h.logits("typical", (4, k)))
+            weight = torch.tensor([1.0, 0.5, 2, 0])
+            parts = where.call("kd_loss", student, teacher, soft=soft, alpha=0.3, row_weight=weight, return_parts=True)
+            for part, alpha in zip(parts, (0.3, 0.0, 1.0), strict=True):
+                truth = h.oracle("kd_loss", student, teacher, 4.0, soft=soft, alpha=alpha, row_weight=weight)
+                h.check_loss(part, truth, (student, teacher))
+            student[1, k // 2], teacher[3, 1] = math.nan, math.nan
+            for grads in ("s", "st"):
+                got = where.run("kd_loss", student, teacher, target=target, soft=soft, grads=grads, reduction="none")
+                assert got.loss.isnan().tolist() == got.student.isnan().any(-1).tolist() == [False, True, False, True]
+        student, teacher = h.logits("typical", (4, k))
+        student[:, 1] = teacher[:, 1] = -h.INF
+        for tau in (1.0, 4.0):
+            h.check(where, "kd_loss", student, teacher, target=target, tau=tau, grads="st", reduction="none")
+        got = where.run("kd_loss", student, teacher, target=torch.ones_like(target), alpha=0.0, reduction="none")
+        assert (got.loss == h.INF).all()
+    outside(where)
+
+
+def outside(where: h.Where) -> None:
+    """A target that is no class makes its own row NaN; no memory is read for it (an emulator would see it)."""
+    from kdfast import _ops
+
+    for k in (20, 9000):
+        student, teacher = (where.put(x) for x in h.logits("typical", (5, k)))
+        target = where.put(torch.tensor([0, k, -1, 10**12, k - 1]))
+        for soft in (0, 1):
+            call = (student, teacher, None, None, None, 0, -1, target, 4.0, 0.5, soft, -100, 0.1)
+            loss, hard, values, stats = _ops.on_triton(_ops.KD_LOSS).forward(*call)
+            one = where.put(torch.ones(5))
+            gradient, _ = _ops.on_triton(_ops.KD_LOSS).backward(one, student, teacher, stats, *call[2:], True, False)
+            assert loss.cpu().isnan().tolist() == hard.cpu().isnan().tolist() == [False, True, True, True, False]
+            assert values.cpu().isfinite().all()
+            assert gradient.cpu().isnan().all(-1).tolist() == [False, True, True, True, False]
+            assert gradient.cpu()[[0, 4]].isfinite().all()
 
 
 def matrix(where: h.Where, shapes: tuple, pairs: tuple[str, ...]) -> None:
@@ -75,6 +143,8 @@ def matrix(where: h.Where, shapes: tuple, pairs: tuple[str, ...]) -> None:
                 ("logit_mse", {"center": True}),
                 ("logit_huber", {"delta": 0.7}),
                 ("logit_huber", {"kind": "smooth_l1", "center": True}),
+                ("kd_loss", {"tau": 4.0}),
+                ("kd_loss", {"soft": "mse", "label_smoothing": 0.1, "alpha": 0.4}),
             ):
                 for grads in ("s", "st", ""):
                     h.check(where, loss, student, teacher, grads=grads, **extra)
@@ -98,6 +168,9 @@ def online(where: h.Where) -> None:
     student, teacher = h.logits("offset", (2, k))
     for kind in ("pseudo", "smooth_l1"):
         h.check(where, "logit_huber", student, teacher, kind=kind, center=True, grads="st", reduction="none")
+    student, teacher = h.logits("offset", (1, 17000), h.PAIRS["bf16"])  # too long for one tile; both its reads in one program
+    for loss, extra in (("logit_mse", {"center": True}), ("logit_huber", {"center": True}), ("kd_loss", {"soft": "mse"})):
+        h.check(where, loss, student, teacher, **extra)
     masked = torch.from_numpy(rng.standard_normal((2, k))).float()
     masked[0, :4096] = -h.INF  # a block without any class of the teacher, where the student has some
     student = torch.from_numpy(rng.standard_normal((2, k))).float()
@@ -108,7 +181,7 @@ def online(where: h.Where) -> None:
 def options(where: h.Where) -> None:
     student, teacher = h.logits("typical", (3, 2, 40))
     weights = torch.tensor([[1, 0], [0.5, 2], [1, 1]])
-    for loss in ("kl_div_tau", "logit_mse", "logit_huber"):
+    for loss in ("kl_div_tau", "logit_mse", "logit_huber", "kd_loss"):
         for reduction in ("none", "sum", "mean", "batchmean"):
             for weight in (None, weights, weights > 0.7, weights.bfloat16(), weights.double()):
                 for grads in ("s", "st"):
@@ -179,7 +252,7 @@ def specials(where: h.Where) -> None:
 
 def strides(where: h.Where) -> None:
     student, teacher = h.logits("typical", (3, 4, 20))
-    for loss in ("kl_div_tau", "logit_mse", "logit_huber"):
+    for loss in ("kl_div_tau", "logit_mse", "logit_huber", "kd_loss"):
         h.check(where, loss, student, teacher, grads="st", view=lambda x: x[:, :-1])
         h.check(where, loss, student, teacher, grads="st", view=lambda x: x.transpose(0, 1))
         h.check(where, loss, student, teacher, grads="s", view=lambda x: x[..., 1:-3])
@@ -204,7 +277,7 @@ def agreement(where: h.Where) -> None:
     @given(
         rows=st.integers(1, 3), k=st.integers(1, 70), tau=st.sampled_from((0.05, 0.3, 1.0, 4.0, 20.0, 1e3, 1e6, math.inf)),
         spread=st.floats(0, 8), noise=st.floats(1e-2, 4), pair=st.sampled_from(tuple(h.PAIRS)), seed=st.integers(0, 1000),
-        loss=st.sampled_from(("kl_div_tau", "logit_mse", "logit_huber")), masked=st.booleans(), weighted=st.booleans(),
+        loss=st.sampled_from(("kl_div_tau", "logit_mse", "logit_huber", "kd_loss")), masked=st.booleans(), weighted=st.booleans(),
     )  # fmt: skip
     def agree(
         rows: int,
@@ -225,6 +298,9 @@ def agreement(where: h.Where) -> None:
         if masked and k > 3:
             student[:, k // 2] = teacher[:, k // 2] = -h.INF
         options = {"tau": tau} if loss == "kl_div_tau" else {"center": k > 20}
+        if loss == "kd_loss":  # no smoothing of labels over masked classes
+            options = {"tau": tau, "soft": ("kl", "mse")[seed % 2], "alpha": (0.0, 0.3, 0.9, 1.0)[seed % 4]}
+            options["target"] = torch.from_numpy(rng.integers(0, max(1, k // 2), rows))
         options |= {"kind": ("pseudo", "smooth_l1")[seed % 2]} if loss == "logit_huber" else {}
         options |= {"row_weight": torch.from_numpy(rng.random(rows))} if weighted else {}
         truth = h.oracle(loss, student, teacher, **options)
@@ -259,19 +335,43 @@ def gradcheck() -> None:
             )
             assert torch.autograd.gradcheck(call, (student, teacher))
     assert torch.autograd.gradgradcheck(lambda s, t: kdfast.kl_div_tau(s, t, 2.0, backend="triton"), (student, teacher))
+    student, teacher = (x.detach()[:, :3].clone().requires_grad_() for x in (student, teacher))
+    for soft, tau, alpha, reduction in (
+        ("kl", 1.0, 0.4, "none"), ("kl", 3.0, 0.0, "mean"), ("mse", 1.0, 0.4, "mean"), ("kl", math.inf, 0.7, "none"),
+    ):  # fmt: skip
+        call = lambda s, t, o=(soft, tau, alpha, reduction): kdfast.kd_loss(  # noqa: E731
+            s, t, torch.tensor([1, 2]), soft=o[0], tau=o[1], alpha=o[2], reduction=o[3], label_smoothing=0.1,
+            row_weight=weight, backend="triton",
+        )  # fmt: skip
+        assert torch.autograd.gradcheck(call, (student, teacher))
+    call = lambda s, t: kdfast.kd_loss(s, t, torch.tensor([1, -100]), tau=2.0, backend="triton")  # noqa: E731
+    assert torch.autograd.gradgradcheck(call, (student, teacher))
 
 
 def compiled_graph() -> None:
     student, teacher = h.logits("typical", (3, 300))  # a shorter row's statistics are not filled: its backward makes them anew
-    grads = []
-    for call in (kdfast.kl_div_tau, torch.compile(kdfast.kl_div_tau, fullgraph=True, backend="aot_eager")):
-        leaf = student.clone().requires_grad_()
-        call(leaf, teacher, 4.0, backend="triton").backward()
-        grads.append(leaf.grad)
-    assert torch.equal(*grads)
-    for name in ("kl_div_tau_forward", "kl_div_tau_forward_grad"):
-        operator = getattr(torch.ops.kdfast_triton, name).default
-        torch.library.opcheck(operator, (student, teacher, None, None, None, 2, -1, 4.0, 4.0, True))
+    target = torch.tensor([1, -100, 299])
+    for loss, extra in ((kdfast.kl_div_tau, ()), (kdfast.kd_loss, (target,))):
+        grads = []
+        for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+            leaf = student.clone().requires_grad_()
+            call(leaf, teacher, *extra, tau=4.0, backend="triton").backward()
+            grads.append(leaf.grad)
+        assert torch.equal(*grads)
+    options = (None, None, None, 2, -1)
+    for loss, extra, numbers in (
+        ("kl_div_tau", (4.0, 4.0, True), 9),
+        ("kd_loss", (target, 4.0, 0.9, 0, -100, 0.1), 12),
+        ("kd_loss", (target, 1.0, 0.9, 1, -100, 0.1), 7),
+    ):
+        operators = {
+            kind: getattr(torch.ops.kdfast_triton, f"{loss}_{kind}").default for kind in ("forward", "forward_grad", "backward")
+        }
+        for kind in ("forward", "forward_grad"):
+            torch.library.opcheck(operators[kind], (student, teacher, *options, *extra))
+        *_, stats = operators["forward"](student, teacher, *options, *extra)
+        assert stats.shape == (3, numbers)
+        torch.library.opcheck(operators["backward"], (torch.ones(()), student, teacher, stats, *options, *extra, True, True))
 
 
 # ---------------------------------------------------------------------------------------------------------------- emulator
@@ -291,6 +391,9 @@ def emulate(counts: Path) -> None:
             for grads in ("", "s", "st") if k < 100_000 else ("s",):
                 begin(k, pair, rows * k, grads)
                 h.check(where, "kl_div_tau", student, teacher, tau=4.0, reduction="mean", grads=grads, truth=truth)
+            for soft in ("kl", "mse"):
+                begin(k, pair, rows * k, f"kd {soft}")
+                h.check(where, "kd_loss", student, teacher, soft=soft, label_smoothing=0.1)
             begin(k, pair, rows * k, "mse")
             h.check(where, "logit_mse", student, teacher)
             begin(k, pair, rows * k, "huber")
@@ -298,9 +401,13 @@ def emulate(counts: Path) -> None:
     begin(0, "", 0, "")
     student, teacher = h.logits("typical", (4, 3, 24), h.PAIRS["bf16"])
     weight = torch.rand(4, 3, generator=torch.Generator().manual_seed(0)) > 0.4
-    for loss in ("kl_div_tau", "logit_mse", "logit_huber"):
+    for loss in ("kl_div_tau", "logit_mse", "logit_huber", "kd_loss"):
         h.check(where, loss, student, teacher, row_weight=weight, reduction="mean", num_classes=20, grads="st")
     h.check(where, "kl_div_tau", *h.logits("typical", (3, 5000)), tau=math.inf, grads="s")
+    outside(where)
+    for soft in ("kl", "mse"):
+        for k in (20, 5000, 20000):
+            h.check(where, "kd_loss", *h.logits("typical", (3, k)), soft=soft, tau=1.0, grads="st", reduction="none")
     h.check(where, "logit_huber", *h.logits("typical", (3, 5000)), center=True, kind="smooth_l1", grads="st")
     h.check(where, "kl_div_tau", *h.logits("typical", (3, 900), h.PAIRS["fp64"]), tau=4.0, grads="s")
 
@@ -343,7 +450,7 @@ def compile_for(capability: int) -> None:
             registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", text).groups())
             yield {"kernel": name, "registers": registers, "spilled": stack + local, "warps": kernel.metadata.num_warps}
 
-    shapes = (10, 1000, 4096, 16000, 32000) if capability == 90 else (1000, 32000)
+    shapes = (10, 1000, 4096, 8192, 16000, 32000) if capability == 90 else (1000, 32000)
     for k in shapes:
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
             student, teacher, one = torch.zeros(4, k, dtype=dtype), torch.zeros(4, k, dtype=dtype), torch.ones(())
@@ -351,12 +458,20 @@ def compile_for(capability: int) -> None:
                 ("kl_div_tau", (4.0, 4.0, True), 9),
                 ("logit_mse", (True, True), 4),
                 ("logit_huber", (1.0, False, True), 5),
+                ("kd_loss", (torch.zeros(4, dtype=torch.int64), 4.0, 0.9, 0, -100, 0.1), 12),
+                ("kd_loss", (torch.zeros(4, dtype=torch.int64), 4.0, 0.9, 1, -100, 0.1), 7),
             ):
+                kd = loss == "kd_loss"  # of whose kernels the others' tell most
+                if k == (4096 if kd else 8192):  # the longest row in one tile, with a hard part and without
+                    continue
+                if kd and dtype == torch.float64 and (capability != 90 or k not in (1000, 32000)):
+                    continue
                 rest = (None, None, None, 3, -1, *extra)
                 stats = torch.zeros(4, numbers)
-                OPERATORS[f"{loss}_forward"](student, teacher, *rest)
+                if not kd:
+                    OPERATORS[f"{loss}_forward"](student, teacher, *rest)
                 OPERATORS[f"{loss}_forward_grad"](student, teacher, *rest)
-                if k in (1000, 32000) and capability == 90:
+                if k in (1000, 32000)[kd:] and capability == 90:
                     OPERATORS[f"{loss}_backward"](one, student, teacher, stats, *rest, True, True)
             OPERATORS["scale_gradient"](student, one)
             for row in report():

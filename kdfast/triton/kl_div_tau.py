@@ -1,4 +1,5 @@
-"""softmax-KL at temperature tau in Triton: the operators kl_div_tau_* of csrc/ops.cpp. kl_math.py has the formulas.
+"""softmax-KL at temperature tau in Triton: the operators kl_div_tau_* of csrc/ops.cpp, and the kernels of kd_loss.py with soft="kl".
+kl_math.py has the formulas, cross_entropy.py those of the hard part.
 
 A row of up to a few thousand classes lies in one program's registers, several rows in one where they are short: loss and gradient come
 from one read. A longer row goes through block by block, and once more for its gradient: at once, from the L2 cache, where the rows of
@@ -12,6 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast.triton.cross_entropy import (
+    STATS as HARD_STATS,
+)
+from kdfast.triton.cross_entropy import (
+    add_block,
+    below,
+    exponentials,
+    hard_gradient,
+    hard_of_row,
+    load_hard_stats,
+    others_of,
+    store_hard_stats,
+    target_of,
+    with_hard,
+)
 from kdfast.triton.kl_math import (
     STABLE_BELOW,
     centred,
@@ -28,19 +44,25 @@ from kdfast.triton.kl_math import (
     temperatures,
     w_phi,
     weight,
+    zero_if_masked,
 )
 from kdfast.triton.launch import (
+    IN_L2,
     Call,
     Divisor,
+    HardPart,
     aligned,
     grad_loss_of,
     grad_scale,
     gradient_args,
+    gradient_tile,
     load_tile,
     one_number,
     operators,
+    row_offsets,
     store_gradient,
     store_loss,
+    tile_of_rows,
     weight_of,
 )
 
@@ -48,9 +70,9 @@ STATS = 9  # KlStat of csrc/kl_math.h: t_max, s_max, s_offset, t_offset, centre,
 
 
 @triton.jit
-def _store_stats(row_stats, row, mask, frame, mean, shift, inv_s0, inv_z):
+def _store_stats(row_stats, row, mask, frame, mean, shift, inv_s0, inv_z, STATS: tl.constexpr):
     t_max, s_max, s_offset, t_offset, centre = frame
-    at = row_stats + row * 9
+    at = row_stats + row * STATS
     tl.store(at, t_max, mask=mask)
     tl.store(at + 1, s_max, mask=mask)
     tl.store(at + 2, s_offset, mask=mask)
@@ -63,8 +85,8 @@ def _store_stats(row_stats, row, mask, frame, mean, shift, inv_s0, inv_z):
 
 
 @triton.jit
-def _load_stats(row_stats, row, mask):
-    at = row_stats + row * 9
+def _load_stats(row_stats, row, mask, STATS: tl.constexpr):
+    at = row_stats + row * STATS
     frame = (
         tl.load(at, mask=mask, other=0.0),
         tl.load(at + 1, mask=mask, other=0.0),
@@ -78,19 +100,22 @@ def _load_stats(row_stats, row, mask):
 
 @triton.jit
 def _store_gradients(
-    w, v, y, mean, shift, inv_s0, inv_z, used, factor, for_student, for_teacher, row, k, rows, classes,
+    w, v, y, mean, shift, inv_s0, inv_z, used, factor, hard, for_student, for_teacher, row, k, rows, classes,
     grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width,
-    F: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
+    F: tl.constexpr, HARD: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the gradients that are wanted. The numbers of a row that is not used may be anything."""
+    """A tile of the gradients that are wanted. hard: the hard part's. The numbers of a row that is not used may be anything."""
     p_factor, q_factor = tl.where(used, factor * inv_s0, 0.0), tl.where(used, factor * inv_z, 0.0)
     if grad_student is not None:
         f = number(for_student, F)
         g = student_gradient(w, v, y - shift[:, None], (f * p_factor)[:, None], (f * q_factor)[:, None])
+        g = with_hard(g, hard, HARD)
         store_gradient(grad_student, student_grad_layout, student_width, row, k, rows, classes, g, V, PADDED)
     if grad_teacher is not None:
         mean = tl.where(used, mean, 0.0)
         g = teacher_gradient(w, y - mean[:, None], (number(for_teacher, F) * p_factor)[:, None])
+        if HARD == "alone":
+            g = tl.zeros_like(w)
         store_gradient(grad_teacher, teacher_grad_layout, teacher_width, row, k, rows, classes, g, V, PADDED)
 
 
@@ -99,9 +124,11 @@ def rows_kernel(
     student, student_layout, teacher, teacher_layout, row_weight, weight_stride, rows, classes,
     ratio: "fp64", inv_tau: "fp64", student_log2: "fp64", teacher_log2: "fp64", scale: "fp64", for_student: "fp64", for_teacher: "fp64",
     divisor: "fp64", divisor_tensor,
+    target, target_stride, ignore_index, smoothing: "fp64", hard_divisor: "fp64", hard_divisor_tensor, hard_loss,
     loss, row_stats, grad_loss, grad_loss_stride,
     grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width,
-    F: tl.constexpr, READ: tl.constexpr, PER_ROW: tl.constexpr, R: tl.constexpr, C: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
+    F: tl.constexpr, READ: tl.constexpr, STATS: tl.constexpr, HARD: tl.constexpr, SMOOTHED: tl.constexpr, SHARED: tl.constexpr,
+    PER_ROW: tl.constexpr, R: tl.constexpr, C: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """R whole rows: what is wanted of their loss, statistics and gradients."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -120,17 +147,35 @@ def rows_kernel(
     mean = tl.sum(w * y, 1) / s0
     excess = excess_around_mean(tl.sum(w_phi(w, v, y, tl.exp(rest)[:, None]), 1), mean, s0)
     kl, mean, shift = loss_of_row(rest, mean, s0, z, excess, infinite)
+    hard = None
+    if HARD != "":
+        column, counts = target_of(target, target_stride, ignore_index, row, rows, classes, used)
+        e = v if SHARED else exponentials(s, frame[1])
+        s_target = tl.sum(tl.where(k[None, :] == column[:, None], s, 0.0), 1)
+        below_mean = None
+        if SMOOTHED:
+            below_mean = tl.sum(below(s, frame[1], mask), 1) / classes
+        others = tl.sum(others_of(e, k, column), 1)
+        hard_value, hard_inv_z, slope = hard_of_row(frame[1], s_target, column, others, below_mean, smoothing, F)
+        if hard_loss is not None:
+            store_loss(hard_loss, row, rows, tl.where(counts, hard_value * factor, 0.0), PER_ROW)
+        if row_stats is not None:
+            store_hard_stats(row_stats, row * STATS + (STATS - HARD_STATS), row < rows, counts, frame[1], hard_inv_z, slope)
     if loss is not None:
         store_loss(loss, row, rows, tl.where(used, kl * number(scale, F) * factor, 0.0), PER_ROW)
     if row_stats is not None:
-        _store_stats(row_stats, row, row < rows, frame, mean, shift, 1.0 / s0, 1.0 / z)
+        _store_stats(row_stats, row, row < rows, frame, mean, shift, 1.0 / s0, 1.0 / z, STATS)
     if grad_student is not None or grad_teacher is not None:
-        factor *= grad_scale(divisor, divisor_tensor, F) * grad_loss_of(grad_loss, grad_loss_stride, row, rows, F)
+        factor *= grad_loss_of(grad_loss, grad_loss_stride, row, rows, F)
+        if HARD != "":
+            hard_factor = factor * grad_scale(hard_divisor, hard_divisor_tensor, F)
+            hard = hard_gradient(e, k, column, counts, hard_inv_z, slope, hard_factor, smoothing, classes, F)
+        factor *= grad_scale(divisor, divisor_tensor, F)
         width = tl.maximum(student_width, teacher_width) if PADDED else 1  # beyond the first tile all is padding
         for start in range(0, width, C):
             _store_gradients(
-                w, v, y, mean, shift, 1.0 / s0, 1.0 / z, used, factor, for_student, for_teacher, row, start + k, rows, classes,
-                grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width, F, V, PADDED,
+                w, v, y, mean, shift, 1.0 / s0, 1.0 / z, used, factor, hard, for_student, for_teacher, row, start + k, rows, classes,
+                grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width, F, HARD, V, PADDED,
             )  # fmt: skip
 
 
@@ -139,8 +184,10 @@ def blocks_kernel(
     student, student_layout, teacher, teacher_layout, row_weight, weight_stride, rows, classes,
     ratio: "fp64", inv_tau: "fp64", student_log2: "fp64", teacher_log2: "fp64", scale: "fp64", for_student: "fp64", for_teacher: "fp64",
     divisor: "fp64", divisor_tensor,
+    target, target_stride, ignore_index, smoothing: "fp64", hard_divisor: "fp64", hard_divisor_tensor, hard_loss,
     loss, row_stats, grad_student, student_grad_layout, student_width,
-    F: tl.constexpr, READ: tl.constexpr, PER_ROW: tl.constexpr, C: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
+    F: tl.constexpr, READ: tl.constexpr, STATS: tl.constexpr, HARD: tl.constexpr, SMOOTHED: tl.constexpr,
+    PER_ROW: tl.constexpr, C: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """One row, block by block: its loss, and what is wanted of its statistics and the student's gradient."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
@@ -160,6 +207,13 @@ def blocks_kernel(
     y, z = centred(s, t, frame, temps, READ), weight(s, frame[1][:, None], temps[2])
     s1, excess = s0 * y, w_phi(s0, z, y, exp_rest)
     s2 = s1 * y  # from the left: at a class that the teacher masks y * y overflows
+    if HARD != "":
+        column, counts = target_of(target, target_stride, ignore_index, row, rows, classes, used)
+        s_target = tl.load(student + row_offsets(row, student_layout, V) + column, mask=column >= 0, other=-float("inf")).to(F)
+        hard_top = tl.maximum(frame[1], s_target)
+        others = others_of(exponentials(s, hard_top), k, column)
+        if SMOOTHED:
+            below_top = below(s, hard_top, mask)
     for start in range(C, classes, C):
         mask = used[:, None] & (start + k < end)[None, :]
         s = load_tile(student, student_layout, row, start + k, mask, F, V)
@@ -171,6 +225,10 @@ def blocks_kernel(
         s2 += w * y * y
         z += v
         excess += w_phi(w, v, y, exp_rest)
+        if HARD != "":
+            others += others_of(exponentials(s, hard_top), start + k, column)
+            if SMOOTHED:
+                below_top += below(s, hard_top, mask)
     s0, z = tl.sum(s0, 1), tl.sum(z, 1)
     mean = tl.sum(s1, 1) / s0
     excess = tl.sum(excess, 1)
@@ -181,6 +239,12 @@ def blocks_kernel(
     good = (kl - kl == 0.0) & (s0 > 1e-4) & (s0 < 1e8) & (z > 1e-4) & (z < 1e8) & (tl.sum(s2, 1) >= 1.125 * s0 * mean * mean)
     good &= (kl >= STABLE_BELOW) | (around_mean * s0 * 9.0 >= excess * tl.exp(-mean))
 
+    if HARD != "":
+        hard_others = tl.sum(others, 1)
+        hard_z = hard_others + tl.exp(s_target - hard_top)
+        good &= ~counts | ((hard_z > 1e-4) & (hard_z < 1e8))
+        m_top, m_others = s_target, tl.zeros_like(rest)
+
     # Then every block in its own frame, merged.
     part = empty_part(rest)
     for start in range(0, tl.where(tl.min(good.to(tl.int32), 0) == 1, 0, classes), C):
@@ -188,6 +252,8 @@ def blocks_kernel(
         s = load_tile(student, student_layout, row, start + k, mask, F, V)
         t = load_tile(teacher, teacher_layout, row, start + k, mask, F, V)
         part = merge(part, part_of_tile(s, t, temps, READ), temps, READ)
+        if HARD != "":
+            m_top, m_others = add_block(m_top, m_others, s, start + k, column)
     merged, m_rest, m_mean, m_s0, m_z, m_excess, infinite = part
     m_excess = m_excess * tl.exp(tl.maximum(m_rest - m_mean, 0.0)) / m_s0
     m_kl, m_mean, m_shift = loss_of_row(m_rest, m_mean, m_s0, m_z, m_excess, infinite)
@@ -202,9 +268,20 @@ def blocks_kernel(
     )
 
     store_loss(loss, row, rows, tl.where(used, kl * number(scale, F) * factor, 0.0), PER_ROW)
+    if HARD != "":
+        new_top = tl.where(good, hard_top, zero_if_masked(m_top))
+        below_mean = None
+        if SMOOTHED:
+            below_mean = tl.sum(below_top, 1) / classes + (new_top - hard_top)
+        hard_others = tl.where(good, hard_others, m_others)
+        hard_value, hard_inv_z, slope = hard_of_row(new_top, s_target, column, hard_others, below_mean, smoothing, F)
+        store_loss(hard_loss, row, rows, tl.where(counts, hard_value * factor, 0.0), PER_ROW)
+        if row_stats is not None:
+            store_hard_stats(row_stats, row * STATS + (STATS - HARD_STATS), row < rows, counts, new_top, hard_inv_z, slope)
     if row_stats is not None:
-        _store_stats(row_stats, row, row < rows, frame, mean, shift, inv_s0, inv_z)
+        _store_stats(row_stats, row, row < rows, frame, mean, shift, inv_s0, inv_z, STATS)
     if grad_student is not None:
+        hard_factor = factor * grad_scale(hard_divisor, hard_divisor_tensor, F)
         factor *= grad_scale(divisor, divisor_tensor, F)
         blocks = tl.cdiv(student_width, C)
         for block in range(blocks):
@@ -214,9 +291,13 @@ def blocks_kernel(
             t = load_tile(teacher, teacher_layout, row, at, mask, F, V)
             w, v = weight(t, frame[0][:, None], temps[3]), weight(s, frame[1][:, None], temps[2])
             y = centred(s, t, frame, temps, READ)
+            hard = None
+            if HARD != "":
+                e = exponentials(s, new_top)
+                hard = hard_gradient(e, at, column, counts, hard_inv_z, slope, hard_factor, smoothing, classes, F)
             _store_gradients(
-                w, v, y, mean, shift, inv_s0, inv_z, used, factor, for_student, for_teacher, row, at, rows, classes,
-                grad_student, student_grad_layout, student_width, None, None, 0, F, V, PADDED,
+                w, v, y, mean, shift, inv_s0, inv_z, used, factor, hard, for_student, for_teacher, row, at, rows, classes,
+                grad_student, student_grad_layout, student_width, None, None, 0, F, HARD, V, PADDED,
             )  # fmt: skip
 
 
@@ -225,9 +306,11 @@ def gradient_kernel(
     student, student_layout, teacher, teacher_layout, row_weight, weight_stride, rows, classes,
     ratio: "fp64", inv_tau: "fp64", student_log2: "fp64", teacher_log2: "fp64", scale: "fp64", for_student: "fp64", for_teacher: "fp64",
     divisor: "fp64", divisor_tensor,
+    target, target_stride, ignore_index, smoothing: "fp64", hard_divisor: "fp64", hard_divisor_tensor, hard_loss,
     row_stats, grad_loss, grad_loss_stride,
     grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width, blocks,
-    F: tl.constexpr, READ: tl.constexpr, R: tl.constexpr, C: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
+    F: tl.constexpr, READ: tl.constexpr, STATS: tl.constexpr, HARD: tl.constexpr, SMOOTHED: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """A tile of R rows and C classes of the gradients, from the rows' statistics."""
     tile = tl.program_id(0).to(tl.int64)
@@ -238,14 +321,22 @@ def gradient_kernel(
     mask = used[:, None] & (k < aligned(classes, V))[None, :]
     s = load_tile(student, student_layout, row, k, mask, F, V)
     t = load_tile(teacher, teacher_layout, row, k, mask, F, V)
-    frame, mean, shift, inv_s0, inv_z = _load_stats(row_stats, row, used)
-    factor *= grad_scale(divisor, divisor_tensor, F) * grad_loss_of(grad_loss, grad_loss_stride, row, rows, F)
+    frame, mean, shift, inv_s0, inv_z = _load_stats(row_stats, row, used, STATS)
+    factor *= grad_loss_of(grad_loss, grad_loss_stride, row, rows, F)
+    hard = None
+    if HARD != "":
+        column, counts = target_of(target, target_stride, ignore_index, row, rows, classes, used)
+        top, hard_inv_z, slope = load_hard_stats(row_stats, row * STATS + (STATS - HARD_STATS), used)
+        hard_factor = factor * grad_scale(hard_divisor, hard_divisor_tensor, F)
+        e = exponentials(s, top)
+        hard = hard_gradient(e, k, column, counts, hard_inv_z, slope, hard_factor, smoothing, classes, F)
+    factor *= grad_scale(divisor, divisor_tensor, F)
     temps = temperatures(ratio, inv_tau, student_log2, teacher_log2, F)
     w, v = weight(t, frame[0][:, None], temps[3]), weight(s, frame[1][:, None], temps[2])
     y = centred(s, t, frame, temps, READ)
     _store_gradients(
-        w, v, y, mean, shift, inv_s0, inv_z, used, factor, for_student, for_teacher, row, k, rows, classes,
-        grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width, F, V, PADDED,
+        w, v, y, mean, shift, inv_s0, inv_z, used, factor, hard, for_student, for_teacher, row, k, rows, classes,
+        grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width, F, HARD, V, PADDED,
     )  # fmt: skip
 
 
@@ -255,9 +346,14 @@ def gradient_kernel(
 class KlDivTau(Call):
     stats = STATS
 
-    def __init__(self, student: Tensor, teacher: Tensor, *rest: Any) -> None:
+    def __init__(self, student: Tensor, teacher: Tensor, *rest: Any, hard: HardPart | None = None) -> None:
         *options, tau, teacher_tau, scale_by_tau_squared = rest
         super().__init__(student, teacher, *options)
+        self.hard = hard
+        if hard is not None:
+            self.stats = STATS + HARD_STATS.value
+        self.constants |= {"STATS": self.stats, **self.hard_constants()}
+        self.shared = hard is not None and tau == 1  # the exponentials of the parts
         scale = tau * tau if scale_by_tau_squared else 1.0
         log2_e = 1 / math.log(2)
         self.temperatures = (
@@ -265,15 +361,14 @@ class KlDivTau(Call):
         )  # fmt: skip
         sixteen_bits = student.element_size() == 2 and teacher.element_size() == 2
         self.constants["READ"] = "scaled" if tau != teacher_tau else "exact" if sixteen_bits else "shifted"
-        self.row_bytes = self.classes * (student.element_size() + teacher.element_size())
         # A row's statistics would be more than a tenth of its logits: its backward computes them again.
-        self.forgetful = self.row_bytes < 10 * STATS * self.dtype.itemsize
+        self.forgetful = self.row_bytes < 10 * self.stats * self.dtype.itemsize
 
     def launch_forward(
         self, loss: Tensor | None, row_stats: Tensor | None, gradient: Tensor | None, divisor: Divisor
     ) -> Tensor:
         per_row = loss is not None
-        r, c, warps, resident = forward_tile(self.classes, self.dtype.itemsize, gradient is not None)
+        r, c, warps, resident = forward_tile(self.classes, self.dtype.itemsize, gradient is not None, self.hard is not None)
         programs = triton.cdiv(self.rows, r)
         if loss is None:
             loss = self.empty((programs,))
@@ -284,9 +379,10 @@ class KlDivTau(Call):
             return loss
         at_once = gradient if self.row_bytes <= IN_L2 else None
         if row_stats is None and at_once is None:
-            row_stats = self.empty((self.rows, STATS))
+            row_stats = self.empty((self.rows, self.stats))
         blocks_kernel[(programs,)](
-            *self.inputs, *self.temperatures, *divisor, loss, row_stats, *gradient_args(at_once),
+            *self.inputs, *self.temperatures, *divisor, *self.hard_args(at_once is not None, loss),
+            loss, row_stats, *gradient_args(at_once),
             **self.constants, PER_ROW=per_row, C=c, num_warps=warps,
         )  # fmt: skip
         if gradient is not at_once:
@@ -304,12 +400,13 @@ class KlDivTau(Call):
         grad_teacher: Tensor | None,
         divisor: Divisor,
     ) -> None:
-        r, c, warps, _ = forward_tile(self.classes, self.dtype.itemsize, grad_student is not None)
+        r, c, warps, _ = forward_tile(self.classes, self.dtype.itemsize, grad_student is not None, self.hard is not None)
         rows_kernel[(triton.cdiv(self.rows, r),)](
-            *self.inputs, *self.temperatures, *divisor, loss, row_stats,
+            *self.inputs, *self.temperatures, *divisor,
+            *self.hard_args(grad_student is not None or grad_teacher is not None, loss), loss, row_stats,
             grad_loss, 0 if grad_loss is None or one_number(grad_loss) else 1,
             *gradient_args(grad_student), *gradient_args(grad_teacher),
-            **self.constants, PER_ROW=per_row, R=r, C=c, num_warps=warps,
+            **self.constants, SHARED=self.shared, PER_ROW=per_row, R=r, C=c, num_warps=warps,
         )  # fmt: skip
 
     def launch_gradients(
@@ -327,7 +424,7 @@ class KlDivTau(Call):
         r, c, warps = gradient_tile(width, self.dtype.itemsize)
         blocks = triton.cdiv(width, c)
         gradient_kernel[(triton.cdiv(self.rows, r) * blocks,)](
-            *self.inputs, *self.temperatures, *divisor, row_stats,
+            *self.inputs, *self.temperatures, *divisor, *self.hard_args(True, None), row_stats,
             grad_loss, 0 if grad_loss is None or one_number(grad_loss) else 1,
             *gradient_args(grad_student), *gradient_args(grad_teacher), blocks,
             **self.constants, R=r, C=c, num_warps=warps,
@@ -337,25 +434,15 @@ class KlDivTau(Call):
 # A table rather than autotuning: a tile's width follows from the number of classes and from the registers (32 classes a thread, or 8 in
 # float64, take all of the 128 that 16 warps leave to each), so there is little to choose, and the choice is the same on every run.
 
-# Bytes of a row of both logits, of which two for each of 132 multiprocessors fit the 50 MiB L2 cache of an H100.
-IN_L2 = 1 << 17
 
-
-def forward_tile(classes: int, itemsize: int, with_gradient: bool) -> tuple[int, int, int, bool]:
+def forward_tile(classes: int, itemsize: int, with_gradient: bool, hard: bool) -> tuple[int, int, int, bool]:
     """(rows a program, classes a tile, warps, whether a row lies in one tile)."""
     c = max(16, triton.next_power_of_2(classes))
     double = itemsize == 8
-    if c <= (4096 if double or not with_gradient else 16384):  # without a gradient nothing is gained from keeping a longer row
-        together = 512 if double else 1024
-        a_warp = 256 if double else 1024  # classes: a row of 1k in one warp needs no barriers
-        return max(1, together // c), c, 2 if c <= 32 else 4 if c < 1024 else c // a_warp, True
-    return 1, 2048 if double else 4096, 8, False
-
-
-def gradient_tile(width: int, itemsize: int) -> tuple[int, int, int]:
-    """(rows a program, classes a tile, warps). Nothing is shared but a row's statistics."""
-    c = min(2048 // (itemsize // 4), max(16, triton.next_power_of_2(width)))
-    return max(1, 1024 // c), c, 2 if c <= 32 else 4
+    largest = 4096 if double or not with_gradient else 16384  # without a gradient nothing is gained from keeping a longer row
+    if c <= (largest // 2 if hard else largest):  # the hard part's exponentials take registers too
+        return *tile_of_rows(c, itemsize), True
+    return 1, 4096 if not double else 1024 if hard else 2048, 8, False
 
 
 OPERATORS = operators(KlDivTau)

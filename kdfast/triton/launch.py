@@ -4,9 +4,10 @@ A step launches these kernels and a loss's own alone: no operator of torch runs 
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,7 +16,11 @@ from torch import Tensor
 
 from kdfast.triton.kl_math import number
 
+# Bytes of a row of both logits, of which two for each of 132 multiprocessors fit the 50 MiB L2 cache of an H100.
+IN_L2 = 1 << 17
+
 MAX_ROW_DIMS = 6  # leading dimensions that do not merge, as in csrc/kernels.h; logits of more are copied
+SUM_BLOCK = 1024  # rows that a program adds up, or mixes, at a time
 
 
 # ---- in kernels ------------------------------------------------------------------------------------------------------------------
@@ -41,11 +46,11 @@ def row_offsets(row, layout, V: tl.constexpr):
 
 @triton.jit
 def grad_scale(divisor, divisor_tensor, F: tl.constexpr):
-    """1 / divisor, a tensor's where there is one."""
+    """1 / divisor, times a tensor's where there is one."""
     if divisor_tensor is None:
         return number(1.0 / divisor, F)
     else:
-        return 1.0 / tl.load(divisor_tensor).to(F)
+        return number(1.0 / divisor, F) / tl.load(divisor_tensor).to(F)
 
 
 @triton.jit
@@ -90,29 +95,66 @@ def store_gradient(gradient, layout, width, row, k, rows, classes, g, V: tl.cons
 
 
 @triton.jit
-def divisor_kernel(weight, rows, per_row: "fp64", out, BLOCK: tl.constexpr):
-    """The divisor of a weighted mean; 1 where every row is masked."""
+def divisor_kernel(weight, rows, target, target_stride, ignore_index, per_row: "fp64", out, BLOCK: tl.constexpr):
+    """The divisor of a mean over rows that have weights, or targets; 1 where every row is masked."""
     at = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, rows, BLOCK):
-        total += tl.load(weight + start + at, mask=start + at < rows, other=0).to(tl.float64)
+        w = weight_of(weight, 1, start + at, rows, tl.float64)
+        if target is not None:
+            y = tl.load(target + (start + at) * target_stride, mask=start + at < rows, other=0).to(tl.int64)
+            w = tl.where(y == ignore_index, 0.0, w)
+        total += w
     total = tl.sum(total, 0)
     tl.store(out, tl.where(total == 0.0, 1.0, total * per_row))
 
 
 @triton.jit
-def reduce_kernel(partial, count, divisor: "fp64", divisor_tensor, out, BLOCK: tl.constexpr):
-    """The sum of partial sums, in their order, over the divisor."""
+def _reduced(partial, count, divisor, divisor_tensor, BLOCK: tl.constexpr):
+    """The sum of partial sums, in their order, over the divisor; in float64."""
     at = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, count, BLOCK):
         total += tl.load(partial + start + at, mask=start + at < count, other=0.0).to(tl.float64)
     total = tl.sum(total, 0)
     if divisor_tensor is None:
-        total = total / divisor
+        return total / number(divisor, tl.float64)
     else:
-        total = total / tl.load(divisor_tensor).to(tl.float64)
-    tl.store(out, total.to(out.dtype.element_ty))
+        return total / tl.load(divisor_tensor).to(tl.float64)
+
+
+@triton.jit
+def _mixed(hard, soft, alpha):
+    """(1 - alpha) * hard + alpha * soft; one of them, whatever the other holds, at 0 and 1."""
+    mixed = number(1.0 - alpha, hard.dtype) * hard + number(alpha, hard.dtype) * soft
+    return tl.where(alpha == 0.0, hard, tl.where(alpha == 1.0, soft, mixed))
+
+
+@triton.jit
+def reduce_kernel(partial, count, divisor: "fp64", divisor_tensor, out, BLOCK: tl.constexpr):
+    tl.store(out, _reduced(partial, count, divisor, divisor_tensor, BLOCK).to(out.dtype.element_ty))
+
+
+@triton.jit
+def reduce_parts_kernel(
+    partial, count, divisor: "fp64", divisor_tensor, out,
+    hard_partial, hard_divisor: "fp64", hard_divisor_tensor, hard_out, alpha: "fp64", mixed_out, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """reduce_kernel for the soft and the hard part, and their mixture."""
+    soft = _reduced(partial, count, divisor, divisor_tensor, BLOCK)
+    hard = _reduced(hard_partial, count, hard_divisor, hard_divisor_tensor, BLOCK)
+    tl.store(out, soft.to(out.dtype.element_ty))
+    tl.store(hard_out, hard.to(out.dtype.element_ty))
+    tl.store(mixed_out, _mixed(hard, soft, alpha).to(out.dtype.element_ty))
+
+
+@triton.jit
+def mix_kernel(hard, soft, count, alpha: "fp64", out, BLOCK: tl.constexpr):
+    """The mixture of each row's parts."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    h = tl.load(hard + at, mask=at < count, other=0.0)
+    s = tl.load(soft + at, mask=at < count, other=0.0)
+    tl.store(out + at, _mixed(h, s, alpha), mask=at < count)
 
 
 @triton.jit
@@ -128,6 +170,22 @@ def scale_kernel(out, gradient, factor, size, IN_PLACE: tl.constexpr, BLOCK: tl.
 
 
 # ---- on the host -----------------------------------------------------------------------------------------------------------------
+
+
+def tile_of_rows(c: int, itemsize: int) -> tuple[int, int, int]:
+    """(rows a program, classes a tile, warps) for whole rows of up to c classes."""
+    double = itemsize == 8
+    if c <= 512:
+        together = 1024 if c == 16 and not double else 512
+        return together // c, c, 2
+    return 1, c, c // (256 if double else 1024)  # a row of 1k in one warp needs no barriers
+
+
+def gradient_tile(width: int, itemsize: int) -> tuple[int, int, int]:
+    """(rows a program, classes a tile, warps). Nothing is shared but a row's statistics."""
+    a_warp = 256 if itemsize == 8 else 512
+    c = min(4 * a_warp, max(16, triton.next_power_of_2(width)))
+    return tile_of_rows(c, itemsize) if c <= 512 else (1, c, c // a_warp)
 
 
 def merged_rows(logits: Tensor) -> tuple[int, ...] | None:
@@ -191,8 +249,17 @@ def on_device(tensor: Tensor) -> Any:
     return contextlib.nullcontext()
 
 
-# The number that the sum over rows is divided by: a float, or a tensor where the device alone knows it.
+# The number that the sum over rows is divided by: a float, times a tensor where the device alone knows it.
 Divisor = tuple[float, Tensor | None]
+
+
+class HardPart(NamedTuple):
+    """What kd_loss has beside its soft part."""
+
+    target: Tensor
+    alpha: float
+    ignore_index: int
+    label_smoothing: float
 
 
 class Call:
@@ -200,6 +267,8 @@ class Call:
 
     stats = 0  # numbers a row that the backward needs
     per_row = 1  # how many elements a row counts for in a mean
+    hard: HardPart | None = None
+    hard_loss: Tensor | None = None  # beside what launch_forward returns
 
     def __init__(
         self,
@@ -216,6 +285,7 @@ class Call:
         self.rows = self.shape.numel()
         self.classes = student.shape[-1] if num_classes < 0 else num_classes
         self.dtype = accumulate_type(student, teacher)
+        self.row_bytes = self.classes * (student.element_size() + teacher.element_size())
         self.device = student.device
         self.row_weight, self.denominator, self.number = row_weight, denominator, divisor
         # the first arguments of every kernel
@@ -250,7 +320,54 @@ class Call:
     def empty(self, shape: Any, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
-    def divisor(self) -> Divisor:
+    def hard_args(self, for_gradient: bool, loss: Tensor | None) -> tuple[Any, ...]:
+        """A kernel's arguments of the hard part. loss: the soft part's, which gets a hard_loss beside it."""
+        if self.hard is None:
+            return None, 0, 0, 0.0, 1.0, None, None
+        target, alpha, ignore_index, smoothing = self.hard
+        divisor = _over(1 - alpha, self.hard_divisor) if for_gradient else (1.0, None)
+        hard_loss = None
+        if loss is not None:
+            hard_loss = self.hard_loss = self.empty(loss.shape)
+        return target, 0 if one_number(target) else 1, ignore_index, smoothing, *divisor, hard_loss
+
+    def hard_constants(self) -> dict[str, Any]:
+        if self.hard is None:
+            return {"HARD": "", "SMOOTHED": False}
+        parts = {0.0: "alone", 1.0: "value"}.get(self.hard.alpha, "both")
+        return {"HARD": parts, "SMOOTHED": self.hard.label_smoothing != 0}
+
+    def for_gradient(self, divisor: Divisor) -> Divisor:
+        """The divisor of the gradient of what launch_forward computes."""
+        return divisor if self.hard is None else _over(self.hard.alpha, divisor)
+
+    def values(self, loss: Tensor, divisor: Divisor | None) -> tuple[Tensor, ...]:
+        """What the operators return of what launch_forward returned; divisor: None for one value a row."""
+        count = loss.numel()
+        if self.hard is None:
+            if divisor is None:
+                return (loss,)
+            out = self.empty(())
+            reduce_kernel[(1,)](loss, count, *divisor, out, BLOCK=SUM_BLOCK)
+            return (out,)
+        hard_loss = self.empty(loss.shape) if self.hard_loss is None else self.hard_loss  # there are no rows
+        if divisor is None:
+            mixed = self.empty(loss.shape)
+            if count > 0:
+                mix_kernel[(triton.cdiv(count, SUM_BLOCK),)](hard_loss, loss, count, self.hard.alpha, mixed, BLOCK=SUM_BLOCK)
+            return mixed, hard_loss, loss
+        mixed, hard, soft = self.empty(()), self.empty(()), self.empty(())
+        reduce_parts_kernel[(1,)](
+            loss, count, *divisor, soft, hard_loss, *self.hard_divisor, hard, self.hard.alpha, mixed, BLOCK=SUM_BLOCK
+        )
+        return mixed, hard, soft
+
+    @functools.cached_property
+    def hard_divisor(self) -> Divisor:
+        return self.divisor(hard=True)
+
+    def divisor(self, hard: bool = False) -> Divisor:
+        """Of the soft part, or of a loss that has no other, or of the hard part."""
         if self.number is not None:
             return self.number, None
         if self.denominator is not None:
@@ -259,23 +376,27 @@ class Call:
             return float(self.shape[0]), None
         if self.reduction != 2:
             return 1.0, None
-        if self.row_weight is None or self.rows == 0:
-            return float(self.rows * self.per_row), None
+        per_row = 1 if hard else self.per_row
+        counted = self.hard if hard else None
+        if self.rows == 0 or (self.row_weight is None and counted is None):
+            return float(self.rows * per_row), None
+        target, stride, ignore_index = None, 0, 0
+        if counted is not None:
+            target, stride, ignore_index = counted.target, 0 if one_number(counted.target) else 1, counted.ignore_index
         out = self.empty((), torch.float64)
-        divisor_kernel[(1,)](self.row_weight, self.rows, float(self.per_row), out, BLOCK=_sum_block(self.rows))
+        divisor_kernel[(1,)](self.row_weight, self.rows, target, stride, ignore_index, float(per_row), out, BLOCK=SUM_BLOCK)
         return 1.0, out
 
-    def reduced(self, partial: Tensor, divisor: Divisor) -> Tensor:
-        out = self.empty(())
-        count = partial.shape[0]
-        reduce_kernel[(1,)](partial, count, *divisor, out, BLOCK=_sum_block(count))
-        return out
+
+def _over(factor: float, divisor: Divisor) -> Divisor:
+    """The divisor of something that a factor multiplies; where that is 0, nothing is divided by it."""
+    return divisor[0] / (factor or 1.0), divisor[1]
 
 
-def operators(loss: type[Call]) -> dict[str, Callable[..., Any]]:
+def operators(loss: Callable[..., Call]) -> dict[str, Callable[..., Any]]:
     """A loss's operators, as csrc/ops.cpp declares them."""
 
-    def forward(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def forward(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         call = loss(student, teacher, *rest)
         row_stats = call.empty((call.rows, call.stats))
         per_row = call.empty(call.shape) if call.reduction == 0 else None
@@ -283,16 +404,16 @@ def operators(loss: type[Call]) -> dict[str, Callable[..., Any]]:
             value = call.empty((0,)) if per_row is None else per_row
             if call.rows > 0:
                 value = call.launch_forward(per_row, row_stats if call.stats else None, None, (1.0, None))
-            return value if per_row is not None else call.reduced(value, call.divisor()), row_stats
+            return *call.values(value, None if per_row is not None else call.divisor()), row_stats
 
-    def forward_grad(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def forward_grad(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         call = loss(student, teacher, *rest)
         gradient = new_gradient(student)
         with on_device(student):
             divisor, partial = call.divisor(), call.empty((0,))
             if call.rows > 0:
-                partial = call.launch_forward(None, None, gradient, divisor)
-            return call.reduced(partial, divisor), gradient
+                partial = call.launch_forward(None, None, gradient, call.for_gradient(divisor))
+            return *call.values(partial, divisor), gradient
 
     def into(
         grad_student: Tensor | None, grad_teacher: Tensor | None, grad_loss: Tensor, student: Tensor, teacher: Tensor, row_stats: Tensor,
@@ -301,7 +422,7 @@ def operators(loss: type[Call]) -> dict[str, Callable[..., Any]]:
         call = loss(student, teacher, *rest)
         if call.rows > 0 and (grad_student is not None or grad_teacher is not None):
             with on_device(student):
-                call.launch_gradients(row_stats, grad_loss, grad_student, grad_teacher, call.divisor())
+                call.launch_gradients(row_stats, grad_loss, grad_student, grad_teacher, call.for_gradient(call.divisor()))
 
     def backward(grad_loss: Tensor, student: Tensor, teacher: Tensor, row_stats: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         *rest, for_student, for_teacher = rest
@@ -317,10 +438,6 @@ def operators(loss: type[Call]) -> dict[str, Callable[..., Any]]:
         return grad_teacher
 
     return {f.__name__: f for f in (forward, forward_grad, backward, backward_inplace)}
-
-
-def _sum_block(count: int) -> int:
-    return min(1024, max(32, triton.next_power_of_2(count)))
 
 
 def new_gradient(like: Tensor, wanted: bool = True) -> Tensor:

@@ -1,7 +1,9 @@
-"""Squared difference of the logits in Triton: the operators logit_mse_* of csrc/ops.cpp, and the kernels of those of logit_huber.py.
+"""Squared difference of the logits in Triton: the operators logit_mse_* of csrc/ops.cpp, and the kernels of logit_huber.py and of
+kd_loss.py with soft="mse".
 
-Without `center` a row needs nothing of itself: loss and gradient come from one read at any number of classes. With it, a row of up to a
-few thousand classes lies in one program's registers, and a longer one goes through block by block, its gradient in a second pass.
+Without `center` a row needs nothing of itself: loss and gradient come from one read at any number of classes. With it, or with the hard
+part of kd_loss, a row of up to a few thousand classes lies in one program's registers, and a longer one goes through block by block, and
+once more for its gradient: at once, from the L2 cache, where the rows of all multiprocessors fit there.
 """
 
 from typing import Any
@@ -10,19 +12,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdfast.triton.kl_math import largest_finite, number, row_offset
+from kdfast.triton.cross_entropy import STATS as HARD_STATS
+from kdfast.triton.cross_entropy import (
+    add_block,
+    below,
+    exponentials,
+    hard_gradient,
+    hard_of_row,
+    load_hard_stats,
+    store_hard_stats,
+    target_of,
+    with_hard,
+)
+from kdfast.triton.kl_math import largest_finite, number, row_offset, zero_if_masked
 from kdfast.triton.launch import (
+    IN_L2,
     Call,
     Divisor,
+    HardPart,
     aligned,
     grad_loss_of,
     grad_scale,
     gradient_args,
+    gradient_tile,
     load_tile,
     one_number,
     operators,
+    row_offsets,
     store_gradient,
     store_loss,
+    tile_of_rows,
     weight_of,
 )
 
@@ -107,6 +126,16 @@ def _moments(s, t, s_offset, t_offset, F: tl.constexpr):
     return d, counts, n, mean + shift + nan, tl.sum(left * left, 1) - n * shift * shift + nan
 
 
+@triton.jit
+def _part(s, t, s_offset, t_offset, F: tl.constexpr, CENTER: tl.constexpr):
+    """_moments; those around 0 without `center`."""
+    if CENTER:
+        return _moments(s, t, s_offset, t_offset, F)
+    else:
+        d, counts = _differences(s, t)
+        return d, counts, tl.sum(counts.to(F), 1), tl.zeros_like(s_offset), tl.sum(d * d, 1)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def rows_kernel(
     student, student_layout, teacher, teacher_layout, row_weight, weight_stride, rows, classes,
@@ -133,44 +162,60 @@ def rows_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def centred_kernel(
+def row_kernel(
     student, student_layout, teacher, teacher_layout, row_weight, weight_stride, rows, classes,
-    scale: "fp64", delta: "fp64", divisor: "fp64", divisor_tensor, loss, row_stats, grad_student, grad_layout, width,
-    F: tl.constexpr, KIND: tl.constexpr, STATS: tl.constexpr, PER_CLASS: tl.constexpr, PER_ROW: tl.constexpr,
+    scale: "fp64", delta: "fp64", divisor: "fp64", divisor_tensor,
+    target, target_stride, ignore_index, smoothing: "fp64", hard_divisor: "fp64", hard_divisor_tensor, hard_loss,
+    loss, row_stats, grad_student, grad_layout, width,
+    F: tl.constexpr, KIND: tl.constexpr, STATS: tl.constexpr, CENTER: tl.constexpr, PER_CLASS: tl.constexpr,
+    HARD: tl.constexpr, SMOOTHED: tl.constexpr, PER_ROW: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr, RESIDENT: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """R rows with `center`: their loss and statistics and, where they are resident, the student's gradient where wanted. EXACT: sixteen
-    bits a logit, whose differences need no offset."""
+    """R rows with `center` or a hard part: their loss, and what is wanted of their statistics and the student's gradient.
+    EXACT: sixteen bits a logit, whose differences need no offset."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     weight = weight_of(row_weight, weight_stride, row, rows, F)
     used = weight != 0.0
     end = aligned(classes, V)
     k = tl.arange(0, C)
     s_offset, t_offset = tl.zeros([R], F), tl.zeros([R], F)
+    if HARD != "":
+        column, counts_hard = target_of(target, target_stride, ignore_index, row, rows, classes, used)
+        s_target = tl.load(student + row_offsets(row, student_layout, V) + column, mask=column >= 0, other=-float("inf")).to(F)
+        top, others = s_target, tl.zeros([R], F)
+        first_top, below_sum = zero_if_masked(top), tl.zeros([R], F)
     if RESIDENT:
         mask = used[:, None] & (k < end)[None, :]
         s = load_tile(student, student_layout, row, k, mask, F, V)
         t = load_tile(teacher, teacher_layout, row, k, mask, F, V)
-        if not EXACT:
+        if CENTER and not EXACT:
             s_offset, t_offset = _offsets(s, t, F)
-        d, counts, n, mean, total = _moments(s, t, s_offset, t_offset, F)
+        d, counts, n, mean, total = _part(s, t, s_offset, t_offset, F, CENTER)
         d = tl.where(counts, d - mean[:, None], 0.0)
+        if HARD != "":
+            top, others = add_block(top, others, s, k, column)
+            if SMOOTHED:
+                below_sum += tl.sum(below(s, first_top, mask), 1)
     else:
         n, mean, total = tl.zeros([R], F), tl.zeros([R], F), tl.zeros([R], F)
         for start in range(0, classes, C):
             mask = used[:, None] & (start + k < end)[None, :]
             s = load_tile(student, student_layout, row, start + k, mask, F, V)
             t = load_tile(teacher, teacher_layout, row, start + k, mask, F, V)
-            if not EXACT:  # those of the first block with any class
+            if CENTER and not EXACT:  # those of the first block with any class
                 s_new, t_new = _offsets(s, t, F)
                 s_offset, t_offset = tl.where(n == 0.0, s_new, s_offset), tl.where(n == 0.0, t_new, t_offset)
-            _d, _counts, block_n, block_mean, block_squares = _moments(s, t, s_offset, t_offset, F)
+            _d, _counts, block_n, block_mean, block_squares = _part(s, t, s_offset, t_offset, F, CENTER)
             # Two parts of a row as one: all terms are positive.
             share = block_n / tl.maximum(n + block_n, 1.0)
             apart = tl.where(n > 0.0, block_mean - mean, 0.0)
             total += block_squares + apart * apart * (n * share)
             mean = tl.where(n > 0.0, mean + apart * share, block_mean)
             n += block_n
+            if HARD != "":
+                top, others = add_block(top, others, s, start + k, column)
+                if SMOOTHED:
+                    below_sum += tl.sum(below(s, first_top, mask), 1)
     row_scale = number(scale, F)
     inv_n = 1.0 / n
     mean_slope = tl.zeros([R], F)  # of the squares
@@ -191,6 +236,13 @@ def centred_kernel(
         mean_slope *= inv_n
     if PER_CLASS:
         row_scale = row_scale * inv_n
+    if HARD != "":
+        top = zero_if_masked(top)
+        below_mean = None
+        if SMOOTHED:
+            below_mean = below_sum / classes + (top - first_top)
+        hard_value, hard_inv_z, hard_slope = hard_of_row(top, s_target, column, others, below_mean, smoothing, F)
+        store_loss(hard_loss, row, rows, tl.where(counts_hard, hard_value * weight, 0.0), PER_ROW)
     store_loss(loss, row, rows, tl.where(used, total * row_scale * weight, 0.0), PER_ROW)
     if row_stats is not None:
         at = row_stats + row * STATS
@@ -200,19 +252,49 @@ def centred_kernel(
         tl.store(at + 3, inv_n, mask=row < rows)
         if KIND != "square":
             tl.store(at + 4, mean_slope, mask=row < rows)
-    if RESIDENT and grad_student is not None:
+        if HARD != "":
+            store_hard_stats(
+                row_stats, row * STATS + (STATS - HARD_STATS), row < rows, counts_hard, top, hard_inv_z, hard_slope
+            )
+    if grad_student is not None:
         factor = tl.where(used, grad_scale(divisor, divisor_tensor, F) * weight * row_scale, 0.0)
-        g = tl.where(counts, (_slope(d, delta, F, KIND) - mean_slope[:, None]) * factor[:, None], 0.0)
-        for start in range(0, width if PADDED else 1, C):  # beyond the first tile all is padding
-            store_gradient(grad_student, grad_layout, width, row, start + k, rows, classes, g, V, PADDED)
+        hard_factor = weight * grad_scale(hard_divisor, hard_divisor_tensor, F)
+        if RESIDENT:
+            hard = None
+            g = tl.where(counts, (_slope(d, delta, F, KIND) - mean_slope[:, None]) * factor[:, None], 0.0)
+            if HARD != "":
+                e = exponentials(s, top)
+                hard = hard_gradient(e, k, column, counts_hard, hard_inv_z, hard_slope, hard_factor, smoothing, classes, F)
+            g = with_hard(g, hard, HARD)
+            for start in range(0, width if PADDED else 1, C):  # beyond the first tile all is padding
+                store_gradient(grad_student, grad_layout, width, row, start + k, rows, classes, g, V, PADDED)
+        else:
+            blocks = tl.cdiv(width, C)
+            for block in range(blocks):
+                at = (blocks - 1 - block) * C + k  # the last one is the likeliest to be in the cache still
+                mask = used[:, None] & (at < end)[None, :]
+                s = load_tile(student, student_layout, row, at, mask, F, V)
+                t = load_tile(teacher, teacher_layout, row, at, mask, F, V)
+                d, counts = _differences(s - s_offset[:, None], t - t_offset[:, None])
+                slope = _slope(d - mean[:, None], delta, F, KIND) - mean_slope[:, None]
+                g = tl.where(counts, slope * factor[:, None], 0.0)
+                hard = None
+                if HARD != "":
+                    e = exponentials(s, top)
+                    hard = hard_gradient(e, at, column, counts_hard, hard_inv_z, hard_slope, hard_factor, smoothing, classes, F)
+                g = with_hard(g, hard, HARD)
+                store_gradient(grad_student, grad_layout, width, row, at, rows, classes, g, V, PADDED)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def gradient_kernel(
     student, student_layout, teacher, teacher_layout, row_weight, weight_stride, rows, classes,
-    scale: "fp64", delta: "fp64", divisor: "fp64", divisor_tensor, row_stats, grad_loss, grad_loss_stride,
+    scale: "fp64", delta: "fp64", divisor: "fp64", divisor_tensor,
+    target, target_stride, ignore_index, smoothing: "fp64", hard_divisor: "fp64", hard_divisor_tensor, hard_loss,
+    row_stats, grad_loss, grad_loss_stride,
     grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width, blocks,
-    F: tl.constexpr, KIND: tl.constexpr, STATS: tl.constexpr, PER_CLASS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    F: tl.constexpr, KIND: tl.constexpr, STATS: tl.constexpr, CENTER: tl.constexpr, PER_CLASS: tl.constexpr,
+    HARD: tl.constexpr, SMOOTHED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """A tile of R rows and C classes of the gradients."""
@@ -226,6 +308,14 @@ def gradient_kernel(
     t = load_tile(teacher, teacher_layout, row, k, mask, F, V)
     factor = grad_scale(divisor, divisor_tensor, F) * weight * number(scale, F)
     factor *= grad_loss_of(grad_loss, grad_loss_stride, row, rows, F)
+    hard = None
+    if HARD != "":
+        column, counts_hard = target_of(target, target_stride, ignore_index, row, rows, classes, used)
+        top, hard_inv_z, hard_slope = load_hard_stats(row_stats, row * STATS + (STATS - HARD_STATS), used)
+        hard_factor = weight * grad_scale(hard_divisor, hard_divisor_tensor, F)
+        hard_factor *= grad_loss_of(grad_loss, grad_loss_stride, row, rows, F)
+        e = exponentials(s, top)
+        hard = hard_gradient(e, k, column, counts_hard, hard_inv_z, hard_slope, hard_factor, smoothing, classes, F)
     if row_stats is not None:
         at = row_stats + row * STATS
         s -= tl.load(at, mask=used, other=0.0)[:, None]
@@ -241,10 +331,12 @@ def gradient_kernel(
         d, _counts = _differences(s, t)
         slope = _slope(d, delta, F, KIND)
     g = slope * tl.where(used, factor, 0.0)[:, None]
-    if grad_student is not None:
-        store_gradient(grad_student, student_grad_layout, student_width, row, k, rows, classes, g, V, PADDED)
     if grad_teacher is not None:
-        store_gradient(grad_teacher, teacher_grad_layout, teacher_width, row, k, rows, classes, -g, V, PADDED)
+        for_teacher = tl.zeros_like(g) if HARD == "alone" else -g
+        store_gradient(grad_teacher, teacher_grad_layout, teacher_width, row, k, rows, classes, for_teacher, V, PADDED)
+    if grad_student is not None:
+        g = with_hard(g, hard, HARD)
+        store_gradient(grad_student, student_grad_layout, student_width, row, k, rows, classes, g, V, PADDED)
 
 
 # ---- on the host -----------------------------------------------------------------------------------------------------------------
@@ -263,38 +355,45 @@ class LogitDifference(Call):
         per_class: bool,
         scale: float,
         delta: float = 1.0,
+        hard: HardPart | None = None,
     ) -> None:
         super().__init__(student, teacher, *options)
-        self.center = center
-        self.stats = (STATS if kind == "square" else STATS + 1) if center else 0
+        self.hard = hard
+        if hard is not None:
+            self.stats = STATS + HARD_STATS.value
+        elif center:
+            self.stats = STATS if kind == "square" else STATS + 1
         self.per_row = 1 if per_class else self.classes
         self.parameters = scale, delta
         self.constants["KIND"] = kind
-        self.of_centred = {"STATS": self.stats, "PER_CLASS": per_class}
+        self.of_rows = {"STATS": self.stats, "CENTER": center, "PER_CLASS": per_class, **self.hard_constants()}
         self.exact = student.element_size() == 2 and teacher.element_size() == 2
 
     def launch_forward(
         self, loss: Tensor | None, row_stats: Tensor | None, gradient: Tensor | None, divisor: Divisor
     ) -> Tensor:
         per_row = loss is not None
-        r, c, warps, resident = forward_tile(self.classes, self.dtype.itemsize, self.center, gradient is not None)
+        r, c, warps, resident = forward_tile(self.classes, self.dtype.itemsize, self.stats > 0, gradient is not None)
         programs = triton.cdiv(self.rows, r)
         if loss is None:
             loss = self.empty((programs,))
-        if not self.center:
+        if self.stats == 0:
             rows_kernel[(programs,)](
                 *self.inputs, *self.parameters, *divisor, loss, *gradient_args(gradient),
                 **self.constants, PER_ROW=per_row, R=r, C=c, num_warps=warps,
             )  # fmt: skip
             return loss
-        if row_stats is None and not resident:
-            row_stats = self.empty((self.rows, STATS))
-        centred_kernel[(programs,)](
-            *self.inputs, *self.parameters, *divisor, loss, row_stats, *gradient_args(gradient if resident else None),
-            **self.constants, **self.of_centred, PER_ROW=per_row, R=r, C=c, EXACT=self.exact, RESIDENT=resident,
+        at_once = gradient if resident or self.row_bytes <= IN_L2 else None
+        if row_stats is None and at_once is None:
+            row_stats = self.empty((self.rows, self.stats))
+        row_kernel[(programs,)](
+            *self.inputs, *self.parameters, *divisor, *self.hard_args(at_once is not None, loss), loss, row_stats,
+            *gradient_args(at_once),
+            **self.constants, **self.of_rows, PER_ROW=per_row, R=r, C=c, EXACT=self.exact, RESIDENT=resident,
             num_warps=warps,
         )  # fmt: skip
-        if gradient is not None and row_stats is not None:
+        if gradient is not at_once:
+            assert row_stats is not None
             self.launch_gradients(row_stats, None, gradient, None, divisor)
         return loss
 
@@ -307,14 +406,13 @@ class LogitDifference(Call):
         divisor: Divisor,
     ) -> None:
         width = max(g.shape[-1] for g in (grad_student, grad_teacher) if g is not None)
-        c = min(1024, max(16, triton.next_power_of_2(width)))
-        r = max(1, 1024 // c)
+        r, c, warps = gradient_tile(width, self.dtype.itemsize)
         blocks = triton.cdiv(width, c)
         gradient_kernel[(triton.cdiv(self.rows, r) * blocks,)](
-            *self.inputs, *self.parameters, *divisor, row_stats if self.center else None,
+            *self.inputs, *self.parameters, *divisor, *self.hard_args(True, None), row_stats if self.stats else None,
             grad_loss, 0 if grad_loss is None or one_number(grad_loss) else 1,
             *gradient_args(grad_student), *gradient_args(grad_teacher), blocks,
-            **self.constants, **self.of_centred, R=r, C=c, num_warps=2 if c <= 32 else 4,
+            **self.constants, **self.of_rows, R=r, C=c, num_warps=warps,
         )  # fmt: skip
 
 
@@ -327,16 +425,14 @@ def forward_tile(classes: int, itemsize: int, center: bool, with_gradient: bool)
     if not resident:
         c = 2048
     if c <= 1024:
-        warps = 2 if c <= 32 else 1 if c == 1024 and not double else 4  # one warp for a row of 1k: no barriers
-    else:
-        warps = max(4, min(16, c // (256 if double else 512)))
-    return max(1, (512 if double else 1024) // c), c, warps, resident
+        return *tile_of_rows(c, itemsize), True
+    return 1, c, max(4, min(16, c // (256 if double else 512))), resident
 
 
 class LogitMse(LogitDifference):
-    def __init__(self, student: Tensor, teacher: Tensor, *rest: Any) -> None:
+    def __init__(self, student: Tensor, teacher: Tensor, *rest: Any, hard: HardPart | None = None) -> None:
         *options, center, tau_limit = rest
-        super().__init__(student, teacher, options, "square", center, tau_limit, 0.5 if tau_limit else 1.0)
+        super().__init__(student, teacher, options, "square", center, tau_limit, 0.5 if tau_limit else 1.0, hard=hard)
 
 
 OPERATORS = operators(LogitMse)
