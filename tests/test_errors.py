@@ -210,7 +210,7 @@ def test_a_loss_without_kernels_on_the_device_says_so(name: str, monkeypatch: py
     loss = getattr(_ops, name.upper())
     monkeypatch.setattr(functional, "_warned", set())
     monkeypatch.setattr(functional, "HAS_TRITON", True)
-    on_gpu = types.SimpleNamespace(device=torch.device("cuda"))
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda"), is_cpu=False)
     if not loss.has_cuda_kernels:
         with pytest.raises(ValueError, match=f"cpp.*{name}"):
             functional._resolve_backend("cpp", on_gpu, loss)
