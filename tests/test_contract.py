@@ -24,6 +24,7 @@ class Calls(torch.nn.Module):
         return self.call(s, t, backend=self.backend)
 
 
+@pytest.mark.contract("`torch.export`, the batch left free")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 def test_export_leaves_the_batch_free(loss: str, strict: bool, backend: str) -> None:
@@ -36,6 +37,7 @@ def test_export_leaves_the_batch_free(loss: str, strict: bool, backend: str) -> 
         check_loss(program.module()(s, t), oracle(loss, s, t), (s, t))
 
 
+@pytest.mark.contract("no recompilation when only the batch changes")
 @pytest.mark.parametrize("grads", ["", "s", "st"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_no_recompile_when_only_the_batch_changes(loss: str, reduction: str, grads: str) -> None:

@@ -146,6 +146,7 @@ def refused(call: Any, kind: Any, words: str, student: Any, teacher: Any, option
         assert bool(same.all()), "an input was written"
 
 
+@pytest.mark.contract("wrong arguments: an error that names the argument")
 @pytest.mark.parametrize("kind, words, student, teacher, options", LOGITS + SHARED)
 @pytest.mark.parametrize("name", ["kl_div_tau", "logit_mse", "logit_huber"])
 def test_refused(name: str, kind: Any, words: str, student: Any, teacher: Any, options: dict[str, Any]) -> None:
@@ -163,6 +164,7 @@ def test_refused_temperatures(kind: Any, words: str, student: Any, teacher: Any,
     refused(kdfast.kl_div_tau, kind, words, student, teacher, options)
 
 
+@pytest.mark.contract("wrong arguments: an error that names the argument", losses=("logit_huber",))
 @pytest.mark.parametrize("kind, words, student, teacher, options", HUBER)
 def test_refused_huber(kind: Any, words: str, student: Any, teacher: Any, options: dict[str, Any]) -> None:
     refused(kdfast.logit_huber, kind, words, student, teacher, options)
