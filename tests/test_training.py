@@ -163,7 +163,7 @@ def test_grad_scaler(loss: str, backend: str) -> None:
     s, t = logits("typical", (6, 35))
     truth = oracle(loss, s.half(), t, reduction="sum", denominator=1e7)
     weight = nn.Parameter(s.half().float())
-    optimizer = torch.optim.SGD([weight], lr=0.1)
+    optimizer = torch.optim.SGD([weight], lr=1e6)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=1000)
     value = loss_of(loss)(weight.half(), t, reduction="sum", denominator=1e7, backend=backend)
     scaler.scale(value).backward()
