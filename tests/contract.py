@@ -130,13 +130,12 @@ def parse(text: str) -> set[Cell]:
     }
 
 
-def missing_and_new(written: set[Cell], proved: set[Cell]) -> list[str]:
+def differences(written: set[Cell], proved: set[Cell]) -> list[str]:
     """How a written table differs from a whole run, among the backends that both know."""
     common = {cell.backend for cell in written} & {cell.backend for cell in proved} or set(BACKENDS)
-    differences = sorted(cell for cell in written ^ proved if cell.backend in common)
+    unlike = sorted(cell for cell in written ^ proved if cell.backend in common)
     return [
-        f"{'ticked, but not proved' if cell in written else 'proved, but not ticked'}: {', '.join(cell)}"
-        for cell in differences
+        f"{'ticked, but not proved' if cell in written else 'proved, but not ticked'}: {', '.join(cell)}" for cell in unlike
     ]
 
 
@@ -181,7 +180,7 @@ class Collector:
             DOCUMENT.parent.mkdir(exist_ok=True)
             DOCUMENT.write_text(render(self.proved | kept, self.tests))
         elif self.whole:
-            self.report = missing_and_new(written, self.proved)
+            self.report = differences(written, self.proved)
             if not self.report and text != render(written, self.tests):
                 self.report = ["its words or the tests it names are not the current ones"]
             if self.report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import contract
 import pytest
 import torch
 import torch._dynamo.testing
@@ -71,3 +72,25 @@ def test_no_recompile_when_only_the_batch_changes(loss: str, backend: str, reduc
             check_grad(t.grad, truth.teacher, t, (s, t))
         counts.append(counter.frame_count)
     assert counts[0] >= 1 and counts[-1] == counts[0], counts
+
+
+# ------------------------------------------------------------------------------------------------------ docs/contract.md
+
+
+def test_the_table_is_read_as_it_was_written() -> None:
+    row, other = contract.ROWS[0], contract.ROWS[-1]
+    cells = {contract.Cell(row, "kl_div_tau", "cpp"), contract.Cell(other, "kd_loss", "reference")}
+    text = contract.render(cells, {row: ["test_autograd.py::test_gradcheck"]})
+    assert contract.parse(text) == cells
+    assert contract.parse("") == set()
+    assert "[test_gradcheck](../tests/test_autograd.py)" in text and "CUDA" not in text.split("\n\n")[-1]
+
+
+def test_a_table_that_says_anything_else_is_found() -> None:
+    cells = {contract.Cell(row, "kl_div_tau", "cpp") for row in contract.ROWS[:3]}
+    lost, gpu = contract.Cell(contract.ROWS[0], "kl_div_tau", "cpp"), contract.Cell(contract.ROWS[0], "kl_div_tau", "cuda")
+    assert contract.differences(cells, cells) == []
+    assert contract.differences(cells, cells - {lost}) == [f"ticked, but not proved: {', '.join(lost)}"]
+    assert contract.differences(cells - {lost}, cells) == [f"proved, but not ticked: {', '.join(lost)}"]
+    assert contract.differences(cells | {gpu}, cells) == []  # written where there is a GPU
+    assert len(contract.differences(set(), cells)) == 3
