@@ -5,6 +5,7 @@ One configuration of every loss, compared with the eager chain in float64.
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -357,3 +358,11 @@ def test_import_loads_nothing_but_the_package() -> None:
     code = "import sys, torch; before = set(sys.modules); import kdfast; print(*sorted(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
     assert {name.partition(".")[0] for name in done.stdout.split()} == {"kdfast"}, done.stdout
+
+
+def test_overhead_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich", reason="the bench extra is not installed")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    rows = importlib.import_module("benchmarks.overhead").measure(rounds=1)
+    assert [row[0] for row in rows[::2]] == list(LOSSES) and len(rows) == 2 * len(LOSSES)
+    assert all(float(figure) > 0 for row in rows for figure in row[2:4])
