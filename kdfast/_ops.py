@@ -128,10 +128,8 @@ def apply(
     # The student's gradient alone, of a scalar, is written during the forward. Not in float16, where a gradient that GradScaler has
     # not scaled yet underflows.
     in_forward = not (teacher.requires_grad or options[3] == 0 or student.dtype == torch.float16 or inplace)
-    row_weight, denominator, *numbers = options
-    result: tuple[Tensor, ...] = _Function.apply(
-        student, teacher, row_weight, denominator, target, LOSSES.index(loss), tuple(numbers), parameters, in_forward, inplace
-    )
+    call = (LOSSES.index(loss), options[2:], parameters, in_forward, inplace)
+    result: tuple[Tensor, ...] = _Function.apply(student, teacher, options[0], options[1], target, call)
     return result
 
 
@@ -151,38 +149,36 @@ class _Function(torch.autograd.Function):
         row_weight: Tensor | None,
         denominator: Tensor | None,
         target: Tensor | None,
-        index: int,
-        numbers: tuple[float | None, int, int],
-        parameters: Parameters,
-        in_forward: bool,
-        inplace: bool,
+        call: tuple[int, tuple[float | None, int, int], Parameters, bool, bool],
     ) -> tuple[Tensor, ...]:
+        index, numbers, parameters, in_forward, _ = ctx.call = call
         loss = LOSSES[index]
         kernel = loss.forward_grad if in_forward else loss.forward
-        *values, kept = kernel(student, teacher, row_weight, denominator, *numbers, *given(target), *parameters)
-        ctx.save_for_backward(student, teacher, row_weight, denominator, target, kept)
-        ctx.call = (loss, numbers, parameters, in_forward, inplace)
+        values: tuple[Tensor, ...] = kernel(student, teacher, row_weight, denominator, *numbers, *given(target), *parameters)
+        ctx.save_for_backward(values[-1], student, teacher, row_weight, denominator, target)
         if loss.values > 1:
-            ctx.mark_non_differentiable(*values[1:])
+            ctx.mark_non_differentiable(*values[1:-1])
             ctx.set_materialize_grads(False)
-        return tuple(values)
+        return values[:-1]
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *of_parts: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:  # not materialized, beside parts
-            return (None,) * 10
-        student, teacher, row_weight, denominator, target, kept = ctx.saved_tensors
-        loss, numbers, parameters, in_forward, inplace = ctx.call
+            return (None,) * 6
+        index, numbers, parameters, in_forward, inplace = ctx.call
+        loss = LOSSES[index]
+        kept, student, teacher, row_weight, denominator, target = ctx.saved_tensors
+        create_graph = torch.is_grad_enabled()
+        if in_forward and not create_graph:
+            return _scaled(loss, kept, grad_loss), None, None, None, None, None
         for_student, for_teacher = ctx.needs_input_grad[:2]
         options = (row_weight, denominator, *numbers)
         parameters = (*given(target), *parameters)
         grad_student = grad_teacher = None
-        if torch.is_grad_enabled():  # create_graph: the gradient must be differentiable itself
+        if create_graph:  # the gradient must be differentiable itself
             grad_student, grad_teacher = _reference_gradients(
                 loss, grad_loss, student, teacher, options, parameters, for_student, for_teacher
             )
-        elif in_forward:
-            grad_student = _scaled(loss, kept, grad_loss)
         elif inplace and for_student:
             grad_teacher = loss.backward_inplace(
                 _row_numbers(grad_loss), student, teacher, kept, *options, *parameters, for_teacher
@@ -193,11 +189,7 @@ class _Function(torch.autograd.Function):
             grad_student, grad_teacher = loss.backward(
                 _row_numbers(grad_loss), student, teacher, kept, *options, *parameters, for_student, for_teacher
             )
-        return (
-            grad_student if for_student else None,
-            grad_teacher if for_teacher else None,
-            *(None,) * 8,
-        )
+        return grad_student if for_student else None, grad_teacher if for_teacher else None, None, None, None, None
 
 
 def _scaled(loss: Loss, gradient: Tensor, grad_loss: Tensor) -> Tensor:

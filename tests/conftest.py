@@ -11,10 +11,16 @@ import torch
 
 sys.path.insert(0, os.path.dirname(__file__))
 
+import contract
 import helpers
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--contract", action="store_true", help="write docs/contract.md from what the tests prove")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(contract.Collector(config))
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
@@ -25,6 +31,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(name, pairs, ids=str)
 
 
-@pytest.fixture(params=["kl_div_tau", "logit_mse", "logit_huber"])
+@pytest.fixture(params=contract.LOSSES)
 def loss(request: pytest.FixtureRequest) -> str:
     return request.param

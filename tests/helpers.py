@@ -600,6 +600,25 @@ def _logits(regime: str, shape: tuple[int, ...], pair: tuple[torch.dtype, torch.
 # running
 
 
+def target_of(loss: str, target: Tensor) -> dict[str, Tensor]:
+    """The argument that kd_loss alone takes."""
+    return {"target": target} if loss == "kd_loss" else {}
+
+
+def loss_of(loss: str) -> Callable[..., Any]:
+    """The public function as one of (student, teacher): kd_loss has the targets of ``default_target``."""
+    import kdfast
+
+    call = getattr(kdfast, loss)
+    if loss != "kd_loss":
+        return call
+
+    def with_target(student: Tensor, teacher: Tensor, **options: Any) -> Any:
+        return call(student, teacher, default_target(student.shape[:-1], student.shape[-1]), **options)
+
+    return with_target
+
+
 @dataclass(frozen=True)
 class Result:
     loss: Tensor

@@ -196,6 +196,7 @@ def test_a_constant_and_nearly_equal_logits(kernel: Where, shift: float) -> None
         check(kernel, "kl_div_tau", s + shift, t, tau=tau, grads="st", truth=truth, allow=allow)
 
 
+@pytest.mark.parametrize("loss", ["kl_div_tau", "logit_mse", "logit_huber"])
 def test_student_equal_to_teacher_is_exactly_zero(where: Where, loss: str) -> None:
     """The converged student: loss and gradients are zero, not rounding noise (which a large tau**2 would blow up)."""
     for pair in PAIRS.values():

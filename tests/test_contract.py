@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import contract
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import check_grad, check_loss, logits, oracle
+from helpers import check_grad, check_loss, default_target, logits, oracle, target_of
 from torch import Tensor
 
 import kdfast
@@ -20,36 +21,48 @@ class Calls(torch.nn.Module):
         super().__init__()
         self.call, self.backend = call, backend
 
-    def forward(self, s: Tensor, t: Tensor) -> Tensor:
-        return self.call(s, t, backend=self.backend)
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.call(*tensors, backend=self.backend)
 
 
+def arguments(loss: str, rows: int) -> tuple[Tensor, ...]:
+    s, t = logits("typical", (rows, 7))
+    return (s, t, *target_of(loss, default_target((rows,), 7)).values())
+
+
+@pytest.mark.contract("`torch.export`, the batch left free")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 def test_export_leaves_the_batch_free(loss: str, strict: bool, backend: str) -> None:
     rows = torch.export.Dim("rows", min=2, max=1000)
-    shapes = ({0: rows}, {0: rows})
+    tensors = arguments(loss, 6)
     module = Calls(getattr(kdfast, loss), backend)
-    program = torch.export.export(module, logits("typical", (6, 7)), dynamic_shapes=shapes, strict=strict)
+    shapes = ({0: rows},) * len(tensors)
+    program = torch.export.export(module, tensors, dynamic_shapes=(shapes,), strict=strict)
     for count in (2, 9):
-        s, t = logits("typical", (count, 7))
-        check_loss(program.module()(s, t), oracle(loss, s, t), (s, t))
+        s, t, *target = arguments(loss, count)
+        check_loss(program.module()(s, t, *target), oracle(loss, s, t), (s, t))
 
 
-@pytest.mark.parametrize("grads", ["", "s", "st"])
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_no_recompile_when_only_the_batch_changes(loss: str, reduction: str, grads: str) -> None:
+@pytest.mark.contract("no recompilation when only the batch changes")
+@pytest.mark.parametrize(
+    "backend, reduction, grads",
+    [("cpp", reduction, grads) for reduction in ("none", "mean") for grads in ("", "s", "st")] + [("reference", "mean", "s")],
+)
+def test_no_recompile_when_only_the_batch_changes(loss: str, backend: str, reduction: str, grads: str) -> None:
     """Without a gradient, with the student's (a scalar's is written during the forward), with both (recomputed)."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     call = getattr(kdfast, loss)
-    compiled = torch.compile(lambda s, t: call(s, t, reduction=reduction), fullgraph=True, backend=counter, dynamic=True)
+    compiled = torch.compile(
+        lambda *tensors: call(*tensors, reduction=reduction, backend=backend), fullgraph=True, backend=counter, dynamic=True
+    )
     counts = []
     for rows in (4, 5, 9, 33):
-        s, t = logits("typical", (rows, 7))
+        s, t, *target = arguments(loss, rows)
         s.requires_grad_("s" in grads)
         t.requires_grad_("t" in grads)
-        value = compiled(s, t)
+        value = compiled(s, t, *target)
         truth = oracle(loss, s, t, reduction=reduction)
         check_loss(value.detach(), truth, (s, t))
         if grads:
@@ -59,3 +72,25 @@ def test_no_recompile_when_only_the_batch_changes(loss: str, reduction: str, gra
             check_grad(t.grad, truth.teacher, t, (s, t))
         counts.append(counter.frame_count)
     assert counts[0] >= 1 and counts[-1] == counts[0], counts
+
+
+# ------------------------------------------------------------------------------------------------------ docs/contract.md
+
+
+def test_the_table_is_read_as_it_was_written() -> None:
+    row, other = contract.ROWS[0], contract.ROWS[-1]
+    cells = {contract.Cell(row, "kl_div_tau", "cpp"), contract.Cell(other, "kd_loss", "reference")}
+    text = contract.render(cells, {row: ["test_autograd.py::test_gradcheck"]})
+    assert contract.parse(text) == cells
+    assert contract.parse("") == set()
+    assert "[test_gradcheck](../tests/test_autograd.py)" in text and "CUDA" not in text.split("\n\n")[-1]
+
+
+def test_a_table_that_says_anything_else_is_found() -> None:
+    cells = {contract.Cell(row, "kl_div_tau", "cpp") for row in contract.ROWS[:3]}
+    lost, gpu = contract.Cell(contract.ROWS[0], "kl_div_tau", "cpp"), contract.Cell(contract.ROWS[0], "kl_div_tau", "cuda")
+    assert contract.differences(cells, cells) == []
+    assert contract.differences(cells, cells - {lost}) == [f"ticked, but not proved: {', '.join(lost)}"]
+    assert contract.differences(cells - {lost}, cells) == [f"proved, but not ticked: {', '.join(lost)}"]
+    assert contract.differences(cells | {gpu}, cells) == []  # written where there is a GPU
+    assert len(contract.differences(set(), cells)) == 3

@@ -146,6 +146,7 @@ def refused(call: Any, kind: Any, words: str, student: Any, teacher: Any, option
         assert bool(same.all()), "an input was written"
 
 
+@pytest.mark.contract("wrong arguments: an error that names the argument")
 @pytest.mark.parametrize("kind, words, student, teacher, options", LOGITS + SHARED)
 @pytest.mark.parametrize("name", ["kl_div_tau", "logit_mse", "logit_huber"])
 def test_refused(name: str, kind: Any, words: str, student: Any, teacher: Any, options: dict[str, Any]) -> None:
@@ -163,6 +164,7 @@ def test_refused_temperatures(kind: Any, words: str, student: Any, teacher: Any,
     refused(kdfast.kl_div_tau, kind, words, student, teacher, options)
 
 
+@pytest.mark.contract("wrong arguments: an error that names the argument", losses=("logit_huber",))
 @pytest.mark.parametrize("kind, words, student, teacher, options", HUBER)
 def test_refused_huber(kind: Any, words: str, student: Any, teacher: Any, options: dict[str, Any]) -> None:
     refused(kdfast.logit_huber, kind, words, student, teacher, options)
@@ -210,7 +212,7 @@ def test_a_gpu_without_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     loss = getattr(_ops, name.upper())._replace(has_cuda_kernels=False)
     monkeypatch.setattr(functional, "_warned", set())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    on_gpu = types.SimpleNamespace(device=torch.device("cuda"))
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda"), is_cpu=False)
     with pytest.raises(ValueError, match=f"cpp.*{name}"):
         functional._resolve_backend("cpp", on_gpu, loss)
     with warnings.catch_warnings():

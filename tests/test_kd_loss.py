@@ -236,6 +236,7 @@ def test_the_teacher_does_not_matter_at_alpha_zero(where: Where, soft: str, junk
     assert torch.equal(alone.loss, clean.loss) and alone.student is not None and alone.student.isfinite().all()
 
 
+@pytest.mark.contract("NaN stays in its row", losses=("kd_loss",))
 @pytest.mark.parametrize("junk", [NAN, INF])
 @pytest.mark.parametrize("k", [5, 17, 200])
 @SOFT
@@ -254,6 +255,7 @@ def test_nan_stays_in_its_row(where: Where, soft: str, k: int, junk: float) -> N
         check_grad(got.student[clean], truth.student, s[clean], (s, t))
 
 
+@pytest.mark.contract("-inf on both sides is as if the class were not there", losses=("kd_loss",))
 @pytest.mark.parametrize("tau", [1.0, 4.0])
 @pytest.mark.parametrize("k", [5, 17, 200])
 def test_masked_classes(where: Where, k: int, tau: float) -> None:
@@ -336,6 +338,7 @@ def test_compile_and_export(dtype: torch.dtype) -> None:
     check_loss(program.module()(s, t, y), oracle("kd_loss", s, t, 4.0, target=y), (s, t))
 
 
+@pytest.mark.contract("deepcopy and pickle of the module", losses=("kd_loss",))
 def test_module_mirrors_the_function() -> None:
     s, t = logits("typical", (6, 17))
     w = torch.linspace(0, 1, 6)
@@ -395,6 +398,7 @@ ERRORS = [
 ]
 
 
+@pytest.mark.contract("wrong arguments: an error that names the argument", losses=("kd_loss",))
 @pytest.mark.parametrize("kind, words, options", ERRORS, ids=[words for _, words, _ in ERRORS])
 def test_refused(kind: type[Exception], words: str, options: dict[str, Any]) -> None:
     s, t = logits("typical", (4, 7))

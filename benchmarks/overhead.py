@@ -1,0 +1,108 @@
+"""What a call costs beside its arithmetic: microseconds of a loss of 8 x 10 logits, kdfast and eager PyTorch, one thread.
+
+On a problem this small every figure is Python, dispatch and autograd. "forward" is without gradient (``torch.no_grad()`` around the
+whole loop); "forward + backward" is ``loss.backward()`` with ``.grad`` set to None before. Both losses take turns in one process, in
+short rounds; a figure is the least of the rounds, which is what other processes disturb least, and the ratio beside it that of the
+medians. The last line is what ``import kdfast`` adds to ``import torch``, the median over processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kdfast
+from benchmarks import machine, print_table
+
+TAU, ALPHA = 4.0, 0.9
+TARGETS = {"forward": 0.25, "forward + backward": 0.45}  # of eager's time, for kl_div_tau
+Call = Callable[[], Tensor]
+
+
+def losses() -> dict[str, tuple[Tensor, Call, Call]]:
+    """The student's logits, kdfast's call and the eager chain of each loss."""
+    random = torch.Generator().manual_seed(0)
+    s, t = torch.randn(8, 10, generator=random).requires_grad_(), torch.randn(8, 10, generator=random)
+    y = torch.arange(8)
+
+    def eager_kl() -> Tensor:
+        log_q, log_p = F.log_softmax(s / TAU, -1), F.log_softmax(t / TAU, -1)
+        return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean") * TAU**2
+
+    def eager_huber() -> Tensor:
+        return ((1 + (s - t).square()).sqrt() - 1).mean()
+
+    def eager_kd() -> Tensor:
+        return (1 - ALPHA) * F.cross_entropy(s, y) + ALPHA * eager_kl()
+
+    return {
+        "kl_div_tau": (s, lambda: kdfast.kl_div_tau(s, t, TAU), eager_kl),
+        "logit_mse": (s, lambda: kdfast.logit_mse(s, t), lambda: F.mse_loss(s, t)),
+        "logit_huber": (s, lambda: kdfast.logit_huber(s, t), eager_huber),
+        "kd_loss": (s, lambda: kdfast.kd_loss(s, t, y, tau=TAU, alpha=ALPHA), eager_kd),
+    }
+
+
+def microseconds(calls: list[Callable[[], object]], rounds: int, repeats: int = 50) -> list[list[float]]:
+    """Each call's time in each round; the calls take turns."""
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    for _ in range(rounds):
+        for call, found in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            found.append((time.perf_counter() - start) / repeats * 1e6)
+    return times
+
+
+def measure(rounds: int) -> list[list[str]]:
+    """Rows of the table."""
+    rows = []
+    for name, (s, fused, eager) in losses().items():
+        for kind, target in TARGETS.items():
+            if kind == "forward":
+                with torch.no_grad():
+                    times = microseconds([fused, eager], rounds)
+            else:
+
+                def step(call: Call, s: Tensor = s) -> Callable[[], None]:
+                    def run() -> None:
+                        s.grad = None
+                        call().backward()
+
+                    return run
+
+                times = microseconds([step(fused), step(eager)], rounds)
+            (a, b), (c, d) = (min(t) for t in times), (statistics.median(t) for t in times)
+            wanted = f"{target:.0%}" if name == "kl_div_tau" else ""
+            rows.append([name, kind, f"{a:.1f}", f"{b:.1f}", f"{a / b:.0%}", f"{c / d:.0%}", wanted])
+    return rows
+
+
+def import_milliseconds(processes: int) -> float:
+    code = "import time, torch; a = time.perf_counter(); import kdfast; print((time.perf_counter() - a) * 1e3)"
+    return statistics.median(float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(processes))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=300, help="of 50 calls each")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    headers = ["loss", "pass", "kdfast us", "eager us", "ratio", "of medians", "target"]
+    print_table(f"8 x 10 float32; {machine()}", headers, measure(arguments.rounds))
+    print(f"import kdfast after torch: {import_milliseconds(5):.0f} ms (target: 50)")
+
+
+if __name__ == "__main__":
+    main()
