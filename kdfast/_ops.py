@@ -18,6 +18,7 @@ from kdfast._load import HAS_CUDA_KERNELS
 # row_weight, denominator as a tensor, denominator as a number, reduction, num_classes
 Options = tuple[Tensor | None, Tensor | None, float | None, int, int]
 Parameters = tuple[float | bool, ...]
+Inputs = tuple[Tensor | None, ...]
 
 
 class Loss(NamedTuple):
@@ -160,7 +161,11 @@ class _Function(torch.autograd.Function):
         loss = LOSSES[index]
         kernel = loss.forward_grad if in_forward else loss.forward
         *values, kept = kernel(student, teacher, row_weight, denominator, *numbers, *given(target), *parameters)
-        ctx.save_for_backward(student, teacher, row_weight, denominator, target, kept)
+        inputs: Inputs = (student, teacher, row_weight, denominator, target)
+        ctx.unsaved = None if torch.compiler.is_compiling() else _made_in_inference_mode(*inputs)
+        if ctx.unsaved is not None:
+            inputs = tuple(x if y is None else None for x, y in zip(inputs, ctx.unsaved, strict=True))
+        ctx.save_for_backward(*inputs, kept)
         ctx.call = (loss, numbers, parameters, in_forward, inplace)
         if loss.values > 1:
             ctx.mark_non_differentiable(*values[1:])
@@ -171,7 +176,10 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *of_parts: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:  # not materialized, beside parts
             return (None,) * 10
-        student, teacher, row_weight, denominator, target, kept = ctx.saved_tensors
+        *inputs, kept = ctx.saved_tensors
+        if ctx.unsaved is not None:
+            inputs = [x if y is None else y for x, y in zip(inputs, ctx.unsaved, strict=True)]
+        student, teacher, row_weight, denominator, target = inputs
         loss, numbers, parameters, in_forward, inplace = ctx.call
         for_student, for_teacher = ctx.needs_input_grad[:2]
         options = (row_weight, denominator, *numbers)
@@ -198,6 +206,15 @@ class _Function(torch.autograd.Function):
             grad_teacher if for_teacher else None,
             *(None,) * 8,
         )
+
+
+def _made_in_inference_mode(*inputs: Tensor | None) -> Inputs | None:
+    """The inputs that autograd does not save, None for the others; None if it saves all. They can do without: torch lets nobody change
+    them in place, so there is nothing to check for when they are used again."""
+    for x in inputs:  # any() over a generator takes three times as long
+        if x is not None and x.is_inference():
+            return tuple(x if x is not None and x.is_inference() else None for x in inputs)
+    return None
 
 
 def _scaled(loss: Loss, gradient: Tensor, grad_loss: Tensor) -> Tensor:
