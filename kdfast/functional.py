@@ -528,14 +528,14 @@ def _check_inplace(student: Tensor, teacher: Tensor, backend: str) -> None:
 def _share_memory(a: Tensor, b: Tensor) -> bool:
     """Whether the stretches from the first to the last element overlap in one storage. (A private name of torch: data_ptr() is
     not there under transforms.)"""
-    if not (torch._C._is_alias_of(a, b) and a.numel() and b.numel()):
+    if not (torch._C._is_alias_of(a, b) and a.numel() and b.numel()):  # type: ignore[attr-defined]
         return False
     (begin, end), (other, other_end) = (
         (first, first + x.element_size() * (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))))
         for x in (a, b)
         for first in (x.storage_offset() * x.element_size(),)
     )
-    return begin < other_end and other < end
+    return bool(begin < other_end and other < end)
 
 
 def _default_backend() -> str:
