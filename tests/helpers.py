@@ -685,22 +685,37 @@ def check(
     got = where.run(
         loss, student, teacher, grads=grads, grad_output=grad_output, view=view, teacher_view=teacher_view, **options
     )
+    compare(got, truth, vs, vt, grads=grads, grad_output=grad_output, reduction=options.get("reduction"), allow=allow)
+    return got
+
+
+def compare(
+    got: Result,
+    truth: Truth,
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    grads: str,
+    grad_output: Any = 1.0,
+    reduction: str | None = None,
+    allow: tuple[float, ...] = (0.0, 0.0, 0.0),
+) -> None:
+    """Judge a loss and the gradients asked for against the oracle."""
     inputs = (student, teacher)
     check_loss(got.loss, truth, inputs, allow=allow[0])
     # a narrow gradient written during the forward is rounded there, and again by a grad_output that is not a power of two
     narrow = student.dtype not in (F16, arithmetic(*inputs))
-    fused = grads == "s" and options.get("reduction") != "none" and narrow
+    fused = grads == "s" and reduction != "none" and narrow
     twice = 2 if fused and math.frexp(abs(float(torch.as_tensor(grad_output).max())))[0] != 0.5 else 1
     if "s" in grads:
         check_grad(
-            got.student, truth.student, vs, inputs, allow=allow[1], roundings=twice, unspecified=truth.unspecified,
+            got.student, truth.student, student, inputs, allow=allow[1], roundings=twice, unspecified=truth.unspecified,
             silent=truth.no_student,
         )  # fmt: skip
     if "t" in grads:
         check_grad(
-            got.teacher, truth.teacher, vt, inputs, allow=allow[2], unspecified=truth.unspecified, silent=truth.no_teacher
+            got.teacher, truth.teacher, teacher, inputs, allow=allow[2], unspecified=truth.unspecified, silent=truth.no_teacher
         )
-    return got
 
 
 def places() -> list[Where]:
