@@ -255,7 +255,7 @@ def kd_loss(
     _check_choice("soft", soft, SOFT)
     _check_flag("return_parts", return_parts)
     if (student_logits.dtype == torch.float64) != (teacher_logits.dtype == torch.float64):
-        if inplace_backward and student_logits.dtype != torch.float64:
+        if inplace_backward is True and student_logits.dtype != torch.float64:
             raise ValueError(
                 f"inplace_backward takes no student_logits of {student_logits.dtype} beside teacher_logits of float64, "
                 "since the other side is made float64 first"

@@ -124,7 +124,7 @@ def _kl_rows(s: np.ndarray, t: np.ndarray, tau: Any, teacher_tau: Any) -> tuple[
     gs = np.where(near, p * np.expm1(np.where(near, z, 0)), q - p)
     gs = np.where(on_s | on_t, gs, 0)
     gt = np.where(on_t, -p * c, 0)
-    lost = ((on_t & ~on_s) & (p > 0)).any(-1)
+    lost = (on_t & ~on_s).any(-1)  # however little the teacher has there
     return kl[..., 0], gs, gt, lost
 
 
