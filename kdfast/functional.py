@@ -23,9 +23,9 @@ BACKENDS = ("auto", "cpp", "triton", "reference")
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DENOMINATOR_DTYPES = (*LOGIT_DTYPES, torch.int64, torch.int32)
 
-SMALLEST_TAU = 1e-15
+SMALLEST_TAU, LARGEST_TAU = 1e-15, 1e15  # beyond, tau**2 soon leaves float32
 # What a parameter may be, in words. Here, since a call should not format what only an error shows.
-TAU_TAKEN = f"a number >= {SMALLEST_TAU} or math.inf"
+TAU_TAKEN = f"a number from {SMALLEST_TAU:g} to {LARGEST_TAU:g} or math.inf"
 SMALLEST_DELTA, LARGEST_DELTA = 1e-15, 1e15
 DELTA_TAKEN = f"a number from {SMALLEST_DELTA:g} to {LARGEST_DELTA:g}"
 # From here on a float32 computation takes the limit itself: the loss differs from it by less than |s - t| / tau, and tau**2 nears
@@ -57,7 +57,7 @@ def kl_div_tau(
         student_logits: (..., K), at least one leading dimension; float64, float32, bfloat16 or float16. Leading dimensions may be
             strided; a class dimension of another stride than 1 is copied, once.
         teacher_logits: (..., K), the same leading dimensions and device, any of these dtypes. Its gradient is computed if required.
-        tau: temperature, a number >= 1e-15. ``math.inf`` is the exact limit: half the variance over the classes of
+        tau: temperature, a number from 1e-15 to 1e15. ``math.inf`` is the exact limit: half the variance over the classes of
             student - teacher.
         teacher_tau: the teacher's own temperature; None: tau.
         scale_by_tau_squared: multiply by tau**2, which keeps gradients of one size over tau.
@@ -286,7 +286,7 @@ def _at_the_limit(tau: float, student: Tensor, teacher: Tensor) -> bool:
 
 
 def _temperature(name: str, value: object) -> float:
-    return _number(name, value, TAU_TAKEN, lambda x: x >= SMALLEST_TAU)
+    return _number(name, value, TAU_TAKEN, lambda x: SMALLEST_TAU <= x <= LARGEST_TAU or x == math.inf)
 
 
 def _number(name: str, value: object, taken: str, fits: Callable[[float], bool]) -> float:
@@ -504,7 +504,7 @@ def _check_inplace(student: Tensor, teacher: Tensor, backend: str) -> None:
     extent = 1  # of the dimensions of smaller strides, in elements
     for stride, size in sorted(zip(student.stride(), student.shape, strict=True)):
         if size > 1:
-            if stride < extent:
+            if stride < extent and student.numel():
                 raise ValueError(
                     f"inplace_backward takes student_logits whose rows do not overlap; got strides {student.stride()}"
                 )
@@ -519,7 +519,11 @@ def _check_inplace(student: Tensor, teacher: Tensor, backend: str) -> None:
             f"inplace_backward takes student_logits of at most {MOST_INPLACE_DIMS} leading dimensions of independent strides; "
             f"got shape {tuple(student.shape)}, strides {student.stride()}"
         )
-    if not torch.compiler.is_compiling() and _share_memory(student, teacher):
+    if torch.compiler.is_compiling():
+        return
+    if student.is_neg():
+        raise ValueError("inplace_backward takes no lazily negated student_logits; pass student_logits.resolve_neg()")
+    if _share_memory(student, teacher):
         raise ValueError(
             "inplace_backward would overwrite teacher_logits, which lie in the same memory as student_logits; pass a clone of them"
         )
