@@ -623,19 +623,22 @@ def _allowed(loss: str, s: Tensor, t: Tensor, truth: Truth, up: Any, options: di
     kind, used = arithmetic(s, t), options.get("num_classes")
     # To eager, a class at -inf is NaN; far below, it is the same to the oracle.
     low = [x[..., :used].to(kind).nan_to_num(nan=math.nan, posinf=INF, neginf=-1e30) for x in (s, t)]
+    if options.get("row_weight") is not None:  # 0 times NaN too
+        low = [torch.where((options["row_weight"] != 0).unsqueeze(-1), x, 0) for x in low]
     theirs: tuple[float, ...] = (0.0, 0.0, 0.0)
     with contextlib.suppress(RuntimeError, IndexError):  # IndexError: a target that is no class, in a row of weight 0
         theirs = eager_errors(loss, *low, oracle(loss, *low, grad_output=up, **options), grad_output=up, **options)
-    if loss == "kl_div_tau" or options.get("soft", "kl") == "kl":
+    theirs = tuple(2 * e if math.isfinite(e) else 0.0 for e in theirs)
+    if loss == "kl_div_tau" or (loss == "kd_loss" and options.get("soft", "kl") == "kl"):
         tau = options.get("tau", 4.0 if loss == "kd_loss" else 1.0)
         exponents = np.maximum(_exponents(low[0], tau), _exponents(low[1], options.get("teacher_tau") or tau))
-        eps = torch.finfo(kind).eps / 2
+        eps = torch.finfo(kind).eps
         theirs = (
             theirs[0],
             max(theirs[1], eps * _weighted(exponents, truth.student[..., :used])),
             max(theirs[2], eps * _weighted(exponents, truth.teacher[..., :used])),
         )
-    return tuple(2 * e if math.isfinite(e) else 0.0 for e in theirs)
+    return theirs
 
 
 def _exponents(logits: Tensor, tau: float) -> np.ndarray:
