@@ -537,16 +537,31 @@ def _legal_but_not_judged(arguments: dict[str, Any]) -> bool:
     return isinstance(denominator, Tensor) and not 0 < float(denominator) < INF
 
 
-def judge(loss: str, arguments: dict[str, Any], *, grad_output: float = 1.0, seed: int = 0, mode: str = "") -> str:
-    """Make the call and judge what comes of it: "right" or "refused"."""
+def _moved(x: Any, device: str) -> Any:
+    """A tensor in the same layout on another device."""
+    if not isinstance(x, Tensor):
+        return x
+    plain = x.detach().resolve_neg()
+    place = torch.empty(0, dtype=x.dtype, device=device).set_(
+        plain.untyped_storage().to(device=torch.device(device)), plain.storage_offset(), plain.shape, plain.stride()
+    )
+    place.requires_grad_(x.requires_grad)
+    return place if x.is_leaf else place.view_as(place)
+
+
+def judge(
+    loss: str, arguments: dict[str, Any], *, grad_output: float = 1.0, seed: int = 0, mode: str = "", device: str = "cpu"
+) -> str:
+    """Make the call and judge what comes of it: "right" or "refused". (On another device: legal calls.)"""
     wrong = faults(loss, arguments)
     before = _memory(arguments)
+    on_device = arguments if device == "cpu" else {name: _moved(x, device) for name, x in arguments.items()}
     modes = {"no_grad": torch.no_grad, "inference": torch.inference_mode}
     call = getattr(kdfast, loss)
     refusal = None
     try:
         with modes.get(mode, contextlib.nullcontext)():
-            value = call(**arguments)
+            value = call(**on_device)
     except (ValueError, TypeError) as error:
         refusal = error
     _check_unwritten(arguments, before)
@@ -555,9 +570,9 @@ def judge(loss: str, arguments: dict[str, Any], *, grad_output: float = 1.0, see
         assert any(re.search(rf"\b{name}\b", str(refusal)) for name in wrong), f"{wrong} is wrong and not named: {refusal}"
         return "refused"
     assert not wrong, f"{wrong} is wrong and was not refused"
-    parts = value if isinstance(value, tuple) else (value,)
+    parts: tuple[Tensor, ...] = value if isinstance(value, tuple) else (value,)
     assert (len(parts) == 3) == arguments.get("return_parts", False)
-    s, t = arguments["student_logits"], arguments["teacher_logits"]
+    s, t = on_device["student_logits"], on_device["teacher_logits"]
     tracked = mode not in modes
     sides = {letter: x for letter, x in (("s", s), ("t", t)) if x.requires_grad and tracked}
     assert parts[0].requires_grad == bool(sides) and not any(part.requires_grad for part in parts[1:])
@@ -569,20 +584,21 @@ def judge(loss: str, arguments: dict[str, Any], *, grad_output: float = 1.0, see
     up: Any = grad_output
     if reduction == "none":
         up = grad_output * torch.tensor(np.random.default_rng(seed).integers(1, 5, lead) / 4.0)
-    # In place, the gradient overwrites the student's logits.
-    s_kept, t_kept = s.detach().clone(), t.detach().clone()
+    kept = {name: arguments[name].detach().clone() for name in ("student_logits", "teacher_logits")}  # for in place
     gradients = {}
     if sides:
-        seed_of = torch.as_tensor(up, dtype=parts[0].dtype).expand(parts[0].shape).contiguous()
+        seed_of = torch.as_tensor(up, dtype=parts[0].dtype).expand(parts[0].shape).contiguous().to(device)
         found = torch.autograd.grad(parts[0], list(sides.values()), seed_of)
         gradients = dict(zip(sides, found, strict=True))
     if arguments.get("inplace_backward", False) and "s" in gradients:
         assert gradients["s"].data_ptr() == s.data_ptr() and gradients["s"].stride() == s.stride()
+    if arguments.get("inplace_backward", False) and "s" in gradients and device == "cpu":  # there, and nowhere else
         now = torch.empty(0, dtype=s.dtype).set_(before["student_logits"].untyped_storage())
         now.as_strided(s.shape, s.stride(), s.storage_offset()).copy_(gradients["s"])
         gradients["s"] = gradients["s"].clone()
     _check_unwritten(arguments, before)
-    _check_values(loss, arguments | {"student_logits": s_kept, "teacher_logits": t_kept}, parts, gradients, up, reduction)
+    parts, gradients = tuple(x.cpu() for x in parts), {side: x.cpu() for side, x in gradients.items()}
+    _check_values(loss, arguments | kept, parts, gradients, up, reduction)
     return "right"
 
 

@@ -7,7 +7,6 @@ hold are ``test_difference_*``, one for each row of docs/differences.md.
 from __future__ import annotations
 
 import inspect
-import itertools
 import math
 import pathlib
 import re
@@ -33,7 +32,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=[(5,), (2, 3), (2, 1, 3)], ids=str)
+@pytest.fixture(params=[(5,), (2, 1, 3)], ids=str)
 def pair(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor]:
     """Student and teacher, float64, of any number of dimensions."""
     s, t = logits("typical", (*request.param, 7), (F64, F64))
@@ -103,7 +102,7 @@ def test_kl_batchmean_is_the_sum_over_size_0(pair: tuple[Tensor, Tensor], backen
 
 
 def test_kl_reductions_of_the_unreduced_loss(pair: tuple[Tensor, Tensor], backend: str) -> None:
-    """Of every loss: "sum" and "mean" are those of "none"; a scalar by default, one value a row unreduced."""
+    """ "sum" and "mean" are those of "none"; a scalar by default, one value a row unreduced."""
     s, t = pair
     rows = kdfast.kl_div_tau(s, t, reduction="none", backend=backend)
     assert rows.shape == s.shape[:-1] and kdfast.kl_div_tau(s, t, backend=backend).shape == ()
@@ -182,8 +181,8 @@ def test_smooth_l1_is_less_sensitive_to_outliers_than_mse(pair: tuple[Tensor, Te
     s, t = (x.detach() for x in pair)
     far = s.clone()
     far[..., 0] += 1000
-    for kind, loss in itertools.product(("smooth_l1", "pseudo"), (kdfast.logit_huber,)):
-        growth = loss(far, t, kind=kind, backend=backend) / loss(s, t, kind=kind, backend=backend)
+    for kind in ("smooth_l1", "pseudo"):
+        growth = kdfast.logit_huber(far, t, kind=kind, backend=backend) / kdfast.logit_huber(s, t, kind=kind, backend=backend)
         assert growth < 0.01 * kdfast.logit_mse(far, t, backend=backend) / kdfast.logit_mse(s, t, backend=backend)
 
 
@@ -192,7 +191,7 @@ def test_smooth_l1_is_less_sensitive_to_outliers_than_mse(pair: tuple[Tensor, Te
 
 def test_cross_entropy_is_log_softmax_followed_by_nll_loss(pair: tuple[Tensor, Tensor], target: Tensor, backend: str) -> None:
     s, _ = pair
-    want = F.nll_loss(channels(s.log_softmax(-1)), target, reduction="none")
+    want = F.nll_loss(channels(s.log_softmax(-1)).contiguous(), target, reduction="none")
     same(cross_entropy(s, target, reduction="none", backend=backend), want, s)
 
 
@@ -216,7 +215,9 @@ def test_cross_entropy_target_probabilities_of_smoothed_labels(
 ) -> None:
     s, _ = pair
     mixture = 0.8 * F.one_hot(target, 7).double() + 0.2 / 7
-    same(cross_entropy(s, target, label_smoothing=0.2, backend=backend), nn.CrossEntropyLoss()(channels(s), channels(mixture)), s)
+    same(
+        cross_entropy(s, target, label_smoothing=0.2, backend=backend), nn.CrossEntropyLoss()(channels(s), channels(mixture)), s
+    )
 
 
 def test_cross_entropy_ignored_targets_do_not_contribute_to_the_input_gradient(
@@ -243,8 +244,6 @@ def test_cross_entropy_label_smoothing_is_from_0_to_1(pair: tuple[Tensor, Tensor
     for wrong in (-0.1, 1.1):
         with pytest.raises(ValueError, match="label_smoothing"):
             cross_entropy(s, target, label_smoothing=wrong, backend=backend)
-        with pytest.raises((ValueError, RuntimeError), match="label_smoothing"):
-            nn.CrossEntropyLoss(label_smoothing=wrong)(channels(s), target)
 
 
 def test_cross_entropy_of_targets_between_0_and_the_number_of_classes(
@@ -282,7 +281,9 @@ def test_output_can_be_backwarded(pair: tuple[Tensor, Tensor], target: Tensor, b
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_reductions_of_torch_are_taken_by_name(pair: tuple[Tensor, Tensor], target: Tensor, backend: str, reduction: str) -> None:
+def test_reductions_of_torch_are_taken_by_name(
+    pair: tuple[Tensor, Tensor], target: Tensor, backend: str, reduction: str
+) -> None:
     s, t = pair
     for loss, theirs in their_losses():
         assert theirs(reduction=reduction).reduction == reduction
@@ -457,7 +458,7 @@ def test_difference_wrong_target_is_a_value_error(pair: tuple[Tensor, Tensor], t
 
 def test_difference_int32_targets(pair: tuple[Tensor, Tensor], target: Tensor, backend: str) -> None:
     s, _ = pair
-    with pytest.raises(RuntimeError, match="Long|Int"):
+    with pytest.raises(RuntimeError, match=r"Long|Int"):
         nn.CrossEntropyLoss()(channels(s), target.int())
     assert torch.equal(cross_entropy(s, target.int(), backend=backend), cross_entropy(s, target, backend=backend))
 
