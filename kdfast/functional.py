@@ -28,6 +28,8 @@ SMALLEST_TAU, LARGEST_TAU = 1e-15, 1e15  # beyond, tau**2 soon leaves float32
 TAU_TAKEN = f"a number from {SMALLEST_TAU:g} to {LARGEST_TAU:g} or math.inf"
 SMALLEST_DELTA, LARGEST_DELTA = 1e-15, 1e15
 DELTA_TAKEN = f"a number from {SMALLEST_DELTA:g} to {LARGEST_DELTA:g}"
+SMALLEST_DENOMINATOR, LARGEST_DENOMINATOR = 1e-30, 1e30  # so that 1 / denominator is a float32 too
+DENOMINATOR_TAKEN = f"a number from {SMALLEST_DENOMINATOR:g} to {LARGEST_DENOMINATOR:g} or a 0-d tensor"
 # From here on a float32 computation takes the limit itself: the loss differs from it by less than |s - t| / tau, and tau**2 nears
 # the end of the exponent range.
 LIMIT_TAU = 1e10
@@ -66,7 +68,7 @@ def kl_div_tau(
             Of no rows at all, "sum" is 0 and both means are NaN, as torch's.
         row_weight: (...), bool mask or floating weights. A row of weight 0 contributes nothing, whatever it holds, and gets a zero
             gradient. All rows masked: the loss is 0.
-        denominator: a positive number, or a 0-d tensor on the logits' device, that replaces the divisor of a scalar reduction.
+        denominator: a number from 1e-30 to 1e30, or a 0-d tensor on the logits' device, that replaces the divisor of a scalar reduction.
         num_classes: use the first num_classes columns only (a padded vocabulary); the others get a zero gradient.
         inplace_backward: the backward pass overwrites student_logits with its gradient: no memory beyond O(rows). Taken for
             non-leaf logits only, of a class dimension of stride 1, whose rows overlap neither each other nor the teacher's;
@@ -484,7 +486,9 @@ def _check_denominator(denominator: Number | Tensor, student: Tensor, reduction:
         if denominator.requires_grad:
             raise ValueError("denominator gets no gradient; got a tensor that requires grad. Pass denominator.detach()")
         return None, denominator
-    return _number("denominator", denominator, "a positive, finite number or a 0-d tensor", lambda x: 0 < x < math.inf), None
+    return _number(
+        "denominator", denominator, DENOMINATOR_TAKEN, lambda x: SMALLEST_DENOMINATOR <= x <= LARGEST_DENOMINATOR
+    ), None
 
 
 MOST_INPLACE_DIMS = 6  # RowLayout::kMaxDims of csrc/kernels.h

@@ -368,10 +368,8 @@ def _dense(x: Any) -> bool:
     return isinstance(x, Tensor) and x.layout == torch.strided and not x.is_nested and not x.is_quantized
 
 
-def _is_number(x: Any, low: float, high: float, *, above: bool = False) -> bool:
-    if isinstance(x, (bool, Tensor)) or not isinstance(x, numbers.Real):
-        return False
-    return (low < x if above else low <= x) and x <= high
+def _is_number(x: Any, low: float, high: float) -> bool:
+    return not isinstance(x, (bool, Tensor)) and isinstance(x, numbers.Real) and bool(low <= x <= high)
 
 
 def _is_int(x: Any) -> bool:
@@ -405,7 +403,7 @@ def faults(loss: str, arguments: dict[str, Any]) -> set[str]:
                 _dense(denominator) and denominator.dim() == 0 and denominator.dtype in kinds and not denominator.requires_grad
             )
         else:
-            right = _is_number(denominator, 0, int(np.finfo(float).max), above=True)
+            right = _is_number(denominator, 1e-30, 1e30)
         if not right or ("reduction" not in wrong and reduction == "none"):
             wrong.add("denominator")
     weight = arguments.get("row_weight")
