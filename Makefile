@@ -11,7 +11,7 @@ pip := $(python) -m pip --disable-pip-version-check --quiet
 # Folders are named too, so that a file taken away counts as a change.
 built_from := setup.py pyproject.toml $(shell find csrc)
 
-.PHONY: help test demo bench accuracy readme-figures lint ctest sanitize audit clean FORCE
+.PHONY: help test fuzz demo bench accuracy readme-figures lint ctest sanitize audit clean FORCE
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -21,6 +21,9 @@ help: ## list the targets
 
 test: $(VENV)/with-test ## run the tests (PYTEST_ARGS="-k mse -x")
 	$(python) -m pytest $(PYTEST_ARGS)
+
+fuzz: $(VENV)/with-test ## 10,000 random calls, right and wrong, in child processes (FUZZ_ARGS="--seed 1 --count 1000")
+	$(python) -m tests.fuzz $(FUZZ_ARGS)
 
 demo: $(VENV)/with-demo ## distil students on handwritten digits: tables and plots in runs/demo
 	$(python) -m examples.kl_vs_mse sweep limits --quick --out runs/demo $(DEMO_ARGS)

@@ -18,6 +18,7 @@ from kdfast._load import HAS_CUDA_KERNELS
 # row_weight, denominator as a tensor, denominator as a number, reduction, num_classes
 Options = tuple[Tensor | None, Tensor | None, float | None, int, int]
 Parameters = tuple[float | bool, ...]
+Inputs = tuple[Tensor | None, ...]
 
 
 class Loss(NamedTuple):
@@ -155,7 +156,11 @@ class _Function(torch.autograd.Function):
         loss = LOSSES[index]
         kernel = loss.forward_grad if in_forward else loss.forward
         values: tuple[Tensor, ...] = kernel(student, teacher, row_weight, denominator, *numbers, *given(target), *parameters)
-        ctx.save_for_backward(values[-1], student, teacher, row_weight, denominator, target)
+        inputs: Inputs = (student, teacher, row_weight, denominator, target)
+        ctx.unsaved = None if torch.compiler.is_compiling() else _made_in_inference_mode(*inputs)
+        if ctx.unsaved is not None:
+            inputs = tuple(x if y is None else None for x, y in zip(inputs, ctx.unsaved, strict=True))
+        ctx.save_for_backward(values[-1], *inputs)
         if loss.values > 1:
             ctx.mark_non_differentiable(*values[1:-1])
             ctx.set_materialize_grads(False)
@@ -167,10 +172,13 @@ class _Function(torch.autograd.Function):
             return (None,) * 6
         index, numbers, parameters, in_forward, inplace = ctx.call
         loss = LOSSES[index]
-        kept, student, teacher, row_weight, denominator, target = ctx.saved_tensors
+        kept, *inputs = ctx.saved_tensors
         create_graph = torch.is_grad_enabled()
         if in_forward and not create_graph:
             return _scaled(loss, kept, grad_loss), None, None, None, None, None
+        if ctx.unsaved is not None:
+            inputs = [x if y is None else y for x, y in zip(inputs, ctx.unsaved, strict=True)]
+        student, teacher, row_weight, denominator, target = inputs
         for_student, for_teacher = ctx.needs_input_grad[:2]
         options = (row_weight, denominator, *numbers)
         parameters = (*given(target), *parameters)
@@ -190,6 +198,15 @@ class _Function(torch.autograd.Function):
                 _row_numbers(grad_loss), student, teacher, kept, *options, *parameters, for_student, for_teacher
             )
         return grad_student if for_student else None, grad_teacher if for_teacher else None, None, None, None, None
+
+
+def _made_in_inference_mode(*inputs: Tensor | None) -> Inputs | None:
+    """The inputs that autograd does not save, None for the others; None if it saves all. They can do without: torch lets nobody change
+    them in place, so there is nothing to check for when they are used again."""
+    for x in inputs:  # any() over a generator takes three times as long
+        if x is not None and x.is_inference():
+            return tuple(x if x is not None and x.is_inference() else None for x in inputs)
+    return None
 
 
 def _scaled(loss: Loss, gradient: Tensor, grad_loss: Tensor) -> Tensor:

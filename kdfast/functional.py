@@ -5,7 +5,7 @@ import numbers
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -24,11 +24,13 @@ STRIDED = torch.strided
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DENOMINATOR_DTYPES = (*LOGIT_DTYPES, torch.int64, torch.int32)
 
-SMALLEST_TAU = 1e-15
+SMALLEST_TAU, LARGEST_TAU = 1e-15, 1e15  # beyond, tau**2 soon leaves float32
 # What a parameter may be, in words. Here, since a call should not format what only an error shows.
-TAU_TAKEN = f"a number >= {SMALLEST_TAU} or math.inf"
+TAU_TAKEN = f"a number from {SMALLEST_TAU:g} to {LARGEST_TAU:g} or math.inf"
 SMALLEST_DELTA, LARGEST_DELTA = 1e-15, 1e15
 DELTA_TAKEN = f"a number from {SMALLEST_DELTA:g} to {LARGEST_DELTA:g}"
+SMALLEST_DENOMINATOR, LARGEST_DENOMINATOR = 1e-30, 1e30  # so that 1 / denominator is a float32 too
+DENOMINATOR_TAKEN = f"a number from {SMALLEST_DENOMINATOR:g} to {LARGEST_DENOMINATOR:g} or a 0-d tensor"
 # From here on a float32 computation takes the limit itself: the loss differs from it by less than |s - t| / tau, and tau**2 nears
 # the end of the exponent range.
 LIMIT_TAU = 1e10
@@ -58,7 +60,7 @@ def kl_div_tau(
         student_logits: (..., K), at least one leading dimension; float64, float32, bfloat16 or float16. Leading dimensions may be
             strided; a class dimension of another stride than 1 is copied, once.
         teacher_logits: (..., K), the same leading dimensions and device, any of these dtypes. Its gradient is computed if required.
-        tau: temperature, a number >= 1e-15. ``math.inf`` is the exact limit: half the variance over the classes of
+        tau: temperature, a number from 1e-15 to 1e15. ``math.inf`` is the exact limit: half the variance over the classes of
             student - teacher.
         teacher_tau: the teacher's own temperature; None: tau.
         scale_by_tau_squared: multiply by tau**2, which keeps gradients of one size over tau.
@@ -67,10 +69,11 @@ def kl_div_tau(
             Of no rows at all, "sum" is 0 and both means are NaN, as torch's.
         row_weight: (...), bool mask or floating weights. A row of weight 0 contributes nothing, whatever it holds, and gets a zero
             gradient. All rows masked: the loss is 0.
-        denominator: a positive number, or a 0-d tensor on the logits' device, that replaces the divisor of a scalar reduction.
+        denominator: a number from 1e-30 to 1e30, or a 0-d tensor on the logits' device, that replaces the divisor of a scalar reduction.
         num_classes: use the first num_classes columns only (a padded vocabulary); the others get a zero gradient.
         inplace_backward: the backward pass overwrites student_logits with its gradient: no memory beyond O(rows). Taken for
-            non-leaf logits only; whoever else needs them gets autograd's error about an in-place change.
+            non-leaf logits only, of a class dimension of stride 1, whose rows overlap neither each other nor the teacher's;
+            whoever else needs them gets autograd's error about an in-place change.
         backend: "auto", "cpp" (C++ on the CPU, CUDA C++ on a GPU), "triton" or "reference" (plain torch). The environment variable
             KDFAST_BACKEND, read at import, replaces "auto".
 
@@ -84,6 +87,7 @@ def kl_div_tau(
     _check_logits(student_logits, teacher_logits)
     tau = _temperature("tau", tau)
     teacher_tau = tau if teacher_tau is None else _temperature("teacher_tau", teacher_tau)
+    _check_flag("scale_by_tau_squared", scale_by_tau_squared)
     if math.inf in (tau, teacher_tau):
         if teacher_tau != tau:
             raise ValueError(
@@ -92,7 +96,7 @@ def kl_div_tau(
         if not scale_by_tau_squared:
             raise ValueError("scale_by_tau_squared must be true at tau=inf: without the factor the limit is identically 0")
     loss = _ops.KL_DIV_TAU
-    parameters: _ops.Parameters = (tau, teacher_tau, bool(scale_by_tau_squared))
+    parameters: _ops.Parameters = (tau, teacher_tau, scale_by_tau_squared)
     if teacher_tau == tau and scale_by_tau_squared and _at_the_limit(tau, student_logits, teacher_logits):
         loss, parameters = _ops.LOGIT_MSE, (True, True)
     return _call(
@@ -134,9 +138,10 @@ def logit_mse(
     A class at -inf on both sides contributes nothing, and does not count in the mean difference; on one side alone the loss is +inf.
     """
     _check_logits(student_logits, teacher_logits)
+    _check_flag("center", center)
     return _call(
         _ops.LOGIT_MSE,
-        (bool(center), False),
+        (center, False),
         student_logits,
         teacher_logits,
         reduction,
@@ -177,11 +182,11 @@ def logit_huber(
     """
     _check_logits(student_logits, teacher_logits)
     delta = _number("delta", delta, DELTA_TAKEN, lambda x: SMALLEST_DELTA <= x <= LARGEST_DELTA)
-    if kind not in HUBER_KINDS:
-        raise ValueError(f"kind must be one of {', '.join(map(repr, HUBER_KINDS))}; got {kind!r}")
+    _check_choice("kind", kind, HUBER_KINDS)
+    _check_flag("center", center)
     return _call(
         _ops.LOGIT_HUBER,
-        (delta, kind == "smooth_l1", bool(center)),
+        (delta, kind == "smooth_l1", center),
         student_logits,
         teacher_logits,
         reduction,
@@ -248,10 +253,12 @@ def kd_loss(
     label_smoothing = _number("label_smoothing", label_smoothing, "a number from 0 to 1", lambda x: 0 <= x <= 1)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
-    if soft not in SOFT:
-        raise ValueError(f"soft must be one of {', '.join(map(repr, SOFT))}; got {soft!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be an int of 64 bits; got {ignore_index}")
+    _check_choice("soft", soft, SOFT)
+    _check_flag("return_parts", return_parts)
     if (student_logits.dtype == torch.float64) != (teacher_logits.dtype == torch.float64):
-        if inplace_backward and student_logits.dtype != torch.float64:
+        if inplace_backward is True and student_logits.dtype != torch.float64:
             raise ValueError(
                 f"inplace_backward takes no student_logits of {student_logits.dtype} beside teacher_logits of float64, "
                 "since the other side is made float64 first"
@@ -282,9 +289,9 @@ def _at_the_limit(tau: float, student: Tensor, teacher: Tensor) -> bool:
 
 
 def _temperature(name: str, value: object) -> float:
-    if type(value) is float and value >= SMALLEST_TAU:
+    if type(value) is float and SMALLEST_TAU <= value <= LARGEST_TAU:
         return value
-    return _number(name, value, TAU_TAKEN, lambda x: x >= SMALLEST_TAU)
+    return _number(name, value, TAU_TAKEN, lambda x: SMALLEST_TAU <= x <= LARGEST_TAU or x == math.inf)
 
 
 def _number(name: str, value: object, taken: str, fits: Callable[[float], bool]) -> float:
@@ -297,10 +304,30 @@ def _number(name: str, value: object, taken: str, fits: Callable[[float], bool])
         raise TypeError(f"{name} must be a number, not a tensor (reading it would wait for the device); pass {name}.item()")
     if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
         raise TypeError(f"{name} must be {taken}; got {type(value).__name__}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int
+        number = math.nan
     if not fits(number):
         raise ValueError(f"{name} must be {taken}; got {value}")
     return number
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {type(value).__name__}")
+
+
+def _check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor; got {'a nested one' if tensor.is_nested else f'layout {tensor.layout}'}"
+        )
 
 
 def _call(
@@ -317,9 +344,9 @@ def _call(
     target: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Checks the options that the losses have in common, and runs one of them: (loss, parts...)."""
-    code = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
-    if code is None:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}")
+    _check_choice("reduction", reduction, REDUCTIONS)
+    code = REDUCTIONS[reduction]
+    _check_flag("inplace_backward", inplace)
     if row_weight is not None:
         row_weight = _check_row_weight(row_weight, student)
     divisor = None
@@ -331,7 +358,7 @@ def _call(
         num_classes = -1  # all columns
     backend = _resolve_backend(backend, student, loss)
     if inplace:
-        _check_inplace(student, backend)
+        _check_inplace(student, teacher, backend)
     elif not student.is_contiguous() and student.stride(-1) != 1:
         student = student.contiguous()
     if not teacher.is_contiguous() and teacher.stride(-1) != 1:
@@ -399,8 +426,7 @@ def _refuse_logits(student: Tensor, teacher: Tensor) -> None:
             raise TypeError(f"{name} must be a torch.Tensor; got {type(logits).__name__}")
         if logits.dtype not in LOGIT_DTYPES:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {logits.dtype}")
-        if logits.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor; got layout {logits.layout}")
+        _check_dense(name, logits)
         if logits.dim() < 2:
             raise ValueError(f"{name} must have shape (..., K) with at least one leading dimension; got {_describe(logits)}")
         if logits.shape[-1] == 0:
@@ -422,6 +448,7 @@ def _check_target(target: Tensor, student: Tensor) -> Tensor:
         raise TypeError(f"target must be a torch.Tensor; got {type(target).__name__}")
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"target must be int64 or int32, one class a row; got {target.dtype}")
+    _check_dense("target", target)
     if target.shape != student.shape[:-1]:
         raise ValueError(
             f"target must have the logits' leading dimensions {tuple(student.shape[:-1])}; got shape {tuple(target.shape)}"
@@ -456,6 +483,7 @@ def _check_row_weight(row_weight: Tensor, student: Tensor) -> Tensor:
         raise TypeError(
             f"row_weight must be bool or a floating dtype; got {row_weight.dtype}. For an integer mask: mask.bool()"
         )
+    _check_dense("row_weight", row_weight)
     if row_weight.shape != student.shape[:-1]:
         raise ValueError(
             f"row_weight must have the logits' leading dimensions {tuple(student.shape[:-1])}; got shape {tuple(row_weight.shape)}"
@@ -472,6 +500,7 @@ def _check_denominator(denominator: Number | Tensor, student: Tensor, reduction:
     if reduction == "none":
         raise ValueError("denominator replaces the divisor of a scalar reduction; got one with reduction='none'")
     if isinstance(denominator, Tensor):
+        _check_dense("denominator", denominator)
         if denominator.dim() != 0:
             raise ValueError(f"denominator must be a number or a 0-d tensor; got shape {tuple(denominator.shape)}")
         if denominator.dtype not in DENOMINATOR_DTYPES:
@@ -481,14 +510,15 @@ def _check_denominator(denominator: Number | Tensor, student: Tensor, reduction:
         if denominator.requires_grad:
             raise ValueError("denominator gets no gradient; got a tensor that requires grad. Pass denominator.detach()")
         return None, denominator
-    if isinstance(denominator, bool) or not isinstance(denominator, (float, int, numbers.Real)):
-        raise TypeError(f"denominator must be a positive number or a 0-d tensor; got {type(denominator).__name__}")
-    if not 0 < denominator < math.inf:
-        raise ValueError(f"denominator must be positive and finite; got {denominator}")
-    return float(denominator), None
+    return _number(
+        "denominator", denominator, DENOMINATOR_TAKEN, lambda x: SMALLEST_DENOMINATOR <= x <= LARGEST_DENOMINATOR
+    ), None
 
 
-def _check_inplace(student: Tensor, backend: str) -> None:
+MOST_INPLACE_DIMS = 6  # RowLayout::kMaxDims of csrc/kernels.h
+
+
+def _check_inplace(student: Tensor, teacher: Tensor, backend: str) -> None:
     if backend == "reference":
         raise ValueError("inplace_backward needs a kernel; got backend 'reference'")
     if student.requires_grad and student.is_leaf:
@@ -502,11 +532,42 @@ def _check_inplace(student: Tensor, backend: str) -> None:
     extent = 1  # of the dimensions of smaller strides, in elements
     for stride, size in sorted(zip(student.stride(), student.shape, strict=True)):
         if size > 1:
-            if stride < extent:
+            if stride < extent and student.numel():
                 raise ValueError(
                     f"inplace_backward takes student_logits whose rows do not overlap; got strides {student.stride()}"
                 )
             extent += (size - 1) * stride
+    dims, merged = 0, None
+    for stride, size in zip(student.stride()[:-1], student.shape[:-1], strict=True):
+        if size > 1:
+            dims += merged != size * stride
+            merged = stride
+    if dims > MOST_INPLACE_DIMS:
+        raise ValueError(
+            f"inplace_backward takes student_logits of at most {MOST_INPLACE_DIMS} leading dimensions of independent strides; "
+            f"got shape {tuple(student.shape)}, strides {student.stride()}"
+        )
+    if torch.compiler.is_compiling():
+        return
+    if student.is_neg():
+        raise ValueError("inplace_backward takes no lazily negated student_logits; pass student_logits.resolve_neg()")
+    if _share_memory(student, teacher):
+        raise ValueError(
+            "inplace_backward would overwrite teacher_logits, which lie in the same memory as student_logits; pass a clone of them"
+        )
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether the stretches from the first to the last element overlap in one storage. (A private name of torch: data_ptr() is
+    not there under transforms.)"""
+    if not (torch._C._is_alias_of(a, b) and a.numel() and b.numel()):  # type: ignore[attr-defined]
+        return False
+    (begin, end), (other, other_end) = (
+        (first, first + x.element_size() * (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))))
+        for x in (a, b)
+        for first in (x.storage_offset() * x.element_size(),)
+    )
+    return bool(begin < other_end and other < end)
 
 
 def _default_backend() -> str:
@@ -521,8 +582,7 @@ DEFAULT_BACKEND = _default_backend()
 
 def _resolve_backend(backend: str, student: Tensor, loss: _ops.Loss) -> str:
     """The backend to run, one that has the loss on the student's device: "cpp", "triton" or "reference"."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+    _check_choice("backend", backend, BACKENDS)
     if backend == "auto":
         backend = DEFAULT_BACKEND
     if student.is_cpu and backend in ("auto", "cpp"):

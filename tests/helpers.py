@@ -124,7 +124,7 @@ def _kl_rows(s: np.ndarray, t: np.ndarray, tau: Any, teacher_tau: Any) -> tuple[
     gs = np.where(near, p * np.expm1(np.where(near, z, 0)), q - p)
     gs = np.where(on_s | on_t, gs, 0)
     gt = np.where(on_t, -p * c, 0)
-    lost = ((on_t & ~on_s) & (p > 0)).any(-1)
+    lost = (on_t & ~on_s).any(-1)  # however little the teacher has there
     return kl[..., 0], gs, gt, lost
 
 
@@ -394,11 +394,16 @@ def _same_specials(got: np.ndarray, want: np.ndarray, what: str) -> np.ndarray:
     return np.isfinite(want)
 
 
+def _held(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """The numbers as a type holds them: infinite where it is too narrow."""
+    return to_numpy(torch.from_numpy(np.asarray(x, np.float64)).to(dtype))
+
+
 def loss_error(got: Tensor, truth: Truth, floor: float = 0.0) -> float:
     """Sum of the absolute errors over the sum of the absolute terms: the batch value's relative error (for a vector of
     rows, in L1)."""
     g = to_numpy(got, truth.loss.dtype.type)
-    fine = np.isfinite(truth.loss)
+    fine = np.isfinite(_held(truth.loss, got.dtype))
     error = float(np.abs(np.where(fine, g - np.where(fine, truth.loss, 0), 0)).sum())
     size = float(np.abs(truth.loss[fine]).sum()) if truth.loss.ndim else truth.size
     return relative(error, size, floor)
@@ -409,7 +414,7 @@ def check_loss(got: Tensor, truth: Truth, inputs: tuple[Tensor, ...], *, allow: 
     kind = arithmetic(*inputs)
     assert got.dtype == kind, f"loss dtype {got.dtype}, should be {kind}"
     assert tuple(got.shape) == truth.loss.shape, f"loss shape {tuple(got.shape)}, should be {truth.loss.shape}"
-    _same_specials(to_numpy(got), truth.loss.astype(np.float64), "loss")
+    _same_specials(to_numpy(got), _held(truth.loss, got.dtype), "loss")
     error, budget = loss_error(got, truth, FLOOR[kind]), max(LOSS_BUDGET[kind], allow)
     assert error <= budget, (
         f"loss {got.flatten()[:4].tolist()}, should be {truth.loss.astype(float).reshape(-1)[:4].tolist()}: "
@@ -424,8 +429,8 @@ def grad_error(got: Tensor, want: np.ndarray) -> float:
 
 def rounding_error(want: np.ndarray, dtype: torch.dtype) -> float:
     """What rounding the exact gradient to ``dtype`` costs (relative L2): underflow and subnormals included."""
-    ideal = torch.from_numpy(want.astype(np.float64)).to(dtype)
-    return relative_l2(to_numpy(ideal, want.dtype.type), want) if np.isfinite(to_numpy(ideal)).all() else INF
+    ideal = _held(want, dtype)
+    return relative_l2(ideal.astype(want.dtype), want) if np.isfinite(ideal).all() else INF
 
 
 def check_grad(
@@ -435,7 +440,7 @@ def check_grad(
     inputs: tuple[Tensor, ...],
     *,
     allow: float = 0.0,
-    roundings: int = 1,
+    stored: float = 1.0,
     unspecified: np.ndarray | None = None,
     silent: np.ndarray | None = None,
 ) -> float:
@@ -444,8 +449,8 @@ def check_grad(
 
     Let a be the exact gradient and e the error before the last rounding.  |round(a + e) - a| <= |round(a) - a| + 2|e|
     holds element by element, so the result may differ from the truth by the unavoidable rounding plus *twice* the
-    budget: a 16-bit gradient is judged as sharply as a 32-bit one.  ``roundings`` = 2: a stored 16-bit gradient that
-    was multiplied by grad_output afterwards.
+    budget: a 16-bit gradient is judged as sharply as a 32-bit one.  ``stored``: the factor by which a 16-bit gradient was
+    multiplied after it had been rounded once: unless it is a power of two, that rounding is one more part of e.
     """
     assert got is not None, "no gradient"
     assert got.dtype == like.dtype, f"gradient dtype {got.dtype}, should be its input's, {like.dtype}"
@@ -454,16 +459,15 @@ def check_grad(
     if unspecified is not None and unspecified.any():
         g, want = g[~unspecified], want[~unspecified]
         silent = None if silent is None else silent[~unspecified]
-    # what the type cannot hold is infinite in it
-    fine = _same_specials(g, to_numpy(torch.from_numpy(want.astype(np.float64)).to(like.dtype)), "gradient")
+    fine = _same_specials(g, _held(want, like.dtype), "gradient")
     if silent is not None:
         assert (g[silent] == 0).all(), f"gradient {g[silent].max()} where it is zero by construction"
     g, want = g[fine], want[fine]
     kind = arithmetic(*inputs)
     budget = max(GRAD_BUDGET[kind], allow)
     if like.dtype != kind:
-        half_ulp = torch.finfo(like.dtype).eps / 2
-        budget = 2 * budget + rounding_error(want, like.dtype) + (roundings - 1) * half_ulp
+        e = budget if math.frexp(stored)[0] == 0.5 else budget + rounding_error(want / abs(stored), like.dtype)
+        budget = 2 * e + rounding_error(want, like.dtype)
     error = relative_l2(g, want, FLOOR[kind])
     assert error <= budget, (
         f"gradient: relative L2 error {error:.2e} > {budget:.2e} (|gradient| = {np.linalg.norm(want.astype(float)):.3g}, "
@@ -702,22 +706,37 @@ def check(
     got = where.run(
         loss, student, teacher, grads=grads, grad_output=grad_output, view=view, teacher_view=teacher_view, **options
     )
+    compare(got, truth, vs, vt, grads=grads, grad_output=grad_output, reduction=options.get("reduction"), allow=allow)
+    return got
+
+
+def compare(
+    got: Result,
+    truth: Truth,
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    grads: str,
+    grad_output: Any = 1.0,
+    reduction: str | None = None,
+    allow: tuple[float, ...] = (0.0, 0.0, 0.0),
+) -> None:
+    """Judge a loss and the gradients asked for against the oracle."""
     inputs = (student, teacher)
     check_loss(got.loss, truth, inputs, allow=allow[0])
     # a narrow gradient written during the forward is rounded there, and again by a grad_output that is not a power of two
     narrow = student.dtype not in (F16, arithmetic(*inputs))
-    fused = grads == "s" and options.get("reduction") != "none" and narrow
-    twice = 2 if fused and math.frexp(abs(float(torch.as_tensor(grad_output).max())))[0] != 0.5 else 1
+    fused = grads == "s" and reduction != "none" and narrow
+    stored = abs(float(torch.as_tensor(grad_output).max())) if fused else 1.0
     if "s" in grads:
         check_grad(
-            got.student, truth.student, vs, inputs, allow=allow[1], roundings=twice, unspecified=truth.unspecified,
+            got.student, truth.student, student, inputs, allow=allow[1], stored=stored, unspecified=truth.unspecified,
             silent=truth.no_student,
         )  # fmt: skip
     if "t" in grads:
         check_grad(
-            got.teacher, truth.teacher, vt, inputs, allow=allow[2], unspecified=truth.unspecified, silent=truth.no_teacher
+            got.teacher, truth.teacher, teacher, inputs, allow=allow[2], unspecified=truth.unspecified, silent=truth.no_teacher
         )
-    return got
 
 
 def places() -> list[Where]:

@@ -387,6 +387,14 @@ ERRORS = [
     (TypeError, "label_smoothing None", {"label_smoothing": None}),
     (ValueError, "soft 'ce' 'kl' 'mse'", {"soft": "ce"}),
     (TypeError, "ignore_index float int", {"ignore_index": 1.0}),
+    (ValueError, "ignore_index 64 bits", {"ignore_index": 2**70}),
+    (TypeError, "return_parts True int", {"return_parts": 1}),
+    (
+        TypeError,
+        "inplace_backward True Tensor",
+        {"inplace_backward": torch.ones(2), "teacher_logits": torch.zeros(4, 7, dtype=F64)},
+    ),
+    (TypeError, "target dense sparse", {"target": torch.ones(4, dtype=torch.int64).to_sparse()}),
     (TypeError, "ignore_index bool", {"ignore_index": True}),
     (ValueError, "reduction 'avg'", {"reduction": "avg"}),
     (

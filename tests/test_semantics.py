@@ -647,10 +647,48 @@ def test_grad_accumulates_over_backwards(variant: str, dtype: torch.dtype) -> No
     options = {k: v for k, v in VARIANTS[variant].items() if k != "loss"}
     x = s.clone().requires_grad_()
     value = Where("cpu", "cpp").call(VARIANTS[variant]["loss"], x, t, reduction="sum", **options)
-    for count in (1, 2, 3, 4):
+    value.backward(retain_graph=True)
+    check_grad(x.grad, oracle(**VARIANTS[variant], student=s, teacher=t, reduction="sum").student, s, (s, t))
+    assert x.grad is not None
+    first, total = x.grad.clone(), x.grad.clone()
+    for _ in range(3):
         value.backward(retain_graph=True)
-        truth = oracle(**VARIANTS[variant], student=s, teacher=t, reduction="sum", grad_output=float(count))
-        check_grad(x.grad, truth.student, s, (s, t), roundings=count)
+        assert torch.equal(x.grad, total.add_(first))
+
+
+@variants
+def test_logits_made_in_inference_mode(where: Where, variant: str) -> None:
+    """A teacher's, as often: autograd saves no such tensor, but the loss needs none that could have changed."""
+    s, t = logits("typical", (6, 35))
+    options = {k: v for k, v in VARIANTS[variant].items() if k != "loss"}
+    with torch.inference_mode():
+        frozen = where.put(t.clone())
+    for reduction in ("none", "sum"):
+        x = where.put(s.clone()).requires_grad_()
+        value = where.call(VARIANTS[variant]["loss"], x, frozen, reduction=reduction, **options)
+        (g,) = torch.autograd.grad(value, x, torch.ones(value.shape).to(where.device))
+        check_grad(g.cpu(), oracle(**VARIANTS[variant], student=s, teacher=t, reduction=reduction).student, s, (s, t))
+
+
+def test_a_student_changed_beside_a_teacher_made_in_inference_mode() -> None:
+    """The check of the others is not lost."""
+    with torch.inference_mode():
+        t = torch.randn(4, 7)
+    x = torch.randn(4, 7).requires_grad_() * 1
+    value = kdfast.kl_div_tau(x, t, reduction="none")
+    x.detach().zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.sum().backward()
+
+
+@pytest.mark.parametrize("lead", [(0,), (3, 0), (0, 2)], ids=str)
+@variants
+def test_no_rows_in_any_layout(where: Where, variant: str, lead: tuple[int, ...]) -> None:
+    """torch calls every layout of no elements contiguous."""
+    s, t = (torch.zeros(7, *lead).movedim(0, -1) for _ in range(2))
+    for grads in ("s", "st"):
+        got = where.run(student=s, teacher=t, reduction="sum", grads=grads, **VARIANTS[variant])
+        assert got.loss == 0 and got.student is not None and got.student.shape == s.shape
 
 
 def test_several_losses_are_summed(where: Where) -> None:
