@@ -103,7 +103,22 @@ def small(load, monkeypatch: pytest.MonkeyPatch) -> None:
     limit("text", 32)
 
 
-QUICK = ["--quick", "--seeds", "2", "--epochs", "1", "--taus", "1", "inf", "--alphas", "0.5", "1", "--label-noise", "0.5"]
+QUICK = [
+    "--quick",
+    "--seeds",
+    "2",
+    "--epochs",
+    "1",
+    "--taus",
+    "1",
+    "inf",
+    "--alphas",
+    "0.5",
+    "1",
+    "--label-noise",
+    "0.3",
+    "0.6",
+]
 
 
 @pytest.mark.parametrize("data", ["digits", "text"])

@@ -354,10 +354,10 @@ def noise(plan: Plan) -> None:
         ["learns by", *shares],
         [[name, *(mean_and_error(v) for v in values)] for name, values in curves.items()],
     )
-    figure = report.lines(
-        shares, curves, "share of training labels drawn anew", "test accuracy, %", f"{plan.laboratory.task.name}: label noise"
-    )
-    section.plot(figure, "noise", "accuracy under label noise")
+    if len(shares) > 1:
+        title = f"{plan.laboratory.task.name}: label noise"
+        figure = report.lines(shares, curves, "share of training labels drawn anew", "test accuracy, %", title)
+        section.plot(figure, "noise", "accuracy under label noise")
     section.records(plan.record(recipes), plan.laboratory.device)
     section.save()
 
