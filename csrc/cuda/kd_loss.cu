@@ -216,10 +216,8 @@ struct KdLoss {
       HardGradient<float> hard(row.hard.stat, hard_factor(p.args, *task, index, p.args.weight.at(index, 1.f)), p.smoothing,
                                p.classes);
       hard.factor *= row.hard.share * exponential.unit;
-      Writer<H> write(gradient, span, slice);
-      soft.each_gradient(p.soft, slice, row.soft, soft_factor, [&](int v, float (&g)[H::width]) {
+      soft.write_gradient(p.soft, span, slice, row.soft, gradient, soft_factor, [&](int v, float (&g)[H::width]) {
         add_hard(p, exponential, hard, target, soft.s[v], first_class<H>(span, slice, v), g);
-        write.next(g);
       });
     }
 

@@ -283,15 +283,10 @@ struct KlDivTau {
       return excess;
     }
 
+    // mix(number of a vector, its gradient): what becomes of that before it is written
+    template <class Mix = AsIs>
     __device__ __forceinline__ void write_gradient(const Parameters& p, const RowSpan& span, const Slice& slice, const Row& row,
-                                                   const GradientRow& gradient, float factor) const {
-      Writer<H> write(gradient, span, slice);
-      each_gradient(p, slice, row, factor, [&](int, float (&g)[H::width]) { write.next(g); });
-    }
-    // put(number, gradient) for each vector
-    template <class Put>
-    __device__ __forceinline__ void each_gradient(const Parameters& p, const Slice& slice, const Row& row, float factor,
-                                                  Put put) const {
+                                                   const GradientRow& gradient, float factor, Mix mix = {}) const {
       factor *= p.student_scale;
       const float p_factor = factor * row.w_share * weight.unit * row.stat[KlStat::inv_s0],
                   q_factor = factor * row.v_share * student_weight.unit * row.stat[KlStat::inv_z];
@@ -299,6 +294,7 @@ struct KlDivTau {
       // q - p = p (exp(x - m - KL) - 1), from expm1(x - mean of the slice)
       const bool stable = row.excess == row.excess && row.kl < float(math::kStableBelow) && fabsf(shift) < 1;
       const float by_h = p_factor * math::exp(-shift) / 2, by_w = p_factor * math::expm1_series(-shift);
+      Writer<H> write(gradient, span, slice);
 #pragma unroll
       for (int v = 0; v < kHeld; ++v) {
         if (v >= slice.count) break;
@@ -310,7 +306,8 @@ struct KlDivTau {
 #pragma unroll
           for (int i = 0; i < H::width; ++i) g[i] = fmaf(student_weight(s[v][i]), q_factor, -(w[v][i] * p_factor));
         }
-        put(v, g);
+        mix(v, g);
+        write.next(g);
       }
     }
 

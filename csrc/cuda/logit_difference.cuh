@@ -245,16 +245,12 @@ struct Centred : LogitDifference<Square<float>> {
       return partial;
     }
 
+    // mix(number of a vector, its gradient): what becomes of that before it is written
+    template <class Mix = AsIs>
     __device__ __forceinline__ void write_gradient(const Parameters& p, const RowSpan& span, const Slice& slice, const Row& row,
-                                                   const GradientRow& gradient, float factor) const {
-      Writer<H> write(gradient, span, slice);
-      each_gradient(p, slice, row, factor, [&](int, float (&g)[H::width]) { write.next(g); });
-    }
-    // put(number, gradient) for each vector
-    template <class Put>
-    __device__ __forceinline__ void each_gradient(const Parameters& p, const Slice& slice, const Row& row, float factor,
-                                                  Put put) const {
+                                                   const GradientRow& gradient, float factor, Mix mix = {}) const {
       factor = p.gradient_factor(factor, row.inv_classes);
+      Writer<H> write(gradient, span, slice);
 #pragma unroll
       for (int v = 0; v < kHeld; ++v) {
         if (v >= slice.count) break;
@@ -263,7 +259,8 @@ struct Centred : LogitDifference<Square<float>> {
 #pragma unroll
         for (int i = 0; i < H::width; ++i)
           g[i] = counts(student[i], teacher[i]) ? p.element.slope(row.d(student[i], teacher[i])) * factor : 0.f;
-        put(v, g);
+        mix(v, g);
+        write.next(g);
       }
     }
 

@@ -510,6 +510,12 @@ struct Writer : Cursor {
   }
 };
 
+// A vector's gradient as its loss has it.
+struct AsIs {
+  template <class Gradient>
+  __device__ __forceinline__ void operator()(int, const Gradient&) const {}
+};
+
 // ---- the blocks of a cluster
 // ---------------------------------------------------------------------------------------------------
 
