@@ -8,6 +8,7 @@ namespace kdfast::cuda {
 namespace {
 
 constexpr float kLog2E = 1.44269504f;
+constexpr int kMostTeams = 128;  // of a block: one thread each
 
 KlDivTauArgs soft_args(const KdLossArgs& args, KlDivTauArgs) { return args; }
 LogitMseArgs soft_args(const KdLossArgs& args, LogitMseArgs) {
@@ -52,10 +53,9 @@ template <class F>
 struct HardRow {
   F stat[HardStat::count];
   F loss;
-  F share;  // what brings this block's exponentials to the row's scale
 
   HardRow() = default;
-  __device__ __forceinline__ HardRow(const HardSums<F>& sums, F smoothing, F classes) : share(1) {
+  __device__ __forceinline__ HardRow(const HardSums<F>& sums, F smoothing, F classes) {
     const F z = sums.others + sums.at_target, gap = sums.s_max - sums.s_target;
     // Where the target has the largest logit, log z is small and its terms are
     // not: 1 + others.
@@ -125,6 +125,7 @@ struct KdLoss {
   };
   struct Shared {
     typename Soft::Shared soft;
+    HardSums<float> kept[kMostTeams];
     float largest[kMostWarps][1], sums[kMostWarps][3], smoothed[kMostWarps][2];
   };
 
@@ -146,7 +147,6 @@ struct KdLoss {
   template <class H, bool wants_gradient>
   struct Held {
     typename Soft::template Held<H, wants_gradient> soft;
-    float s_max;
     const Task* task;  // what the hard part needs of it and of the row is read
                        // again rather than kept: registers are scarce
 
@@ -156,12 +156,53 @@ struct KdLoss {
     __device__ __forceinline__ Partial reduce(const Parameters& p, const Team& team, const RowSpan& span, const Slice& slice,
                                               const void* student, const void* teacher, GradientOf gradient_of,
                                               FactorOf factor_of, Shared& shared) {
+      // Kept in shared memory meanwhile: the soft part has use for every register.
+      HardSums<float>& kept = shared.kept[team.size > 32 ? 0 : threadIdx.x / unsigned(team.size)];
+      const auto beside = [&](auto... s_max) {
+        const HardSums<float> sums = sum(p, team, span, slice, shared, s_max...);
+        if (team.leads()) kept = sums;
+      };
       Partial partial;
-      partial.soft = soft.reduce(p.soft, team, span, slice, student, teacher, gradient_of, factor_of, shared.soft);
-      HardSums<float>& hard = partial.hard;
-      s_max = hard.s_max = largest_of(team, slice, partial.soft, shared);
+      partial.soft = soft.reduce(p.soft, team, span, slice, student, teacher, gradient_of, factor_of, shared.soft, beside);
+      team.warps > 1 ? __syncthreads() : __syncwarp(team.mask);
+      partial.hard = kept;
+      return partial;
+    }
+
+    __device__ __forceinline__ void write_gradient(const Parameters& p, const RowSpan& span, const Slice& slice, const Row& row,
+                                                   const GradientRow& gradient, float soft_factor) const {
+      const SoftExponential<H::packed> exponential(kLog2E, row.hard.stat[HardStat::s_max]);
+      const int64_t index = task->plan.row();
+      const Target target(p.args, index);
+      HardGradient<float> hard(row.hard.stat, hard_factor(p.args, *task, index, p.args.weight.at(index, 1.f)), p.smoothing,
+                               p.classes);
+      hard.factor *= exponential.unit;
+      soft.write_gradient(p.soft, span, slice, row.soft, gradient, soft_factor, [&](int v, float (&g)[H::width]) {
+        add_hard(p, exponential, hard, target, soft.s[v], first_class<H>(span, slice, v), g);
+      });
+    }
+
+   private:
+    __device__ __forceinline__ HardSums<float> sum(const Parameters& p, const Team& team, const RowSpan& span,
+                                                   const Slice& slice, Shared& shared) const {
+      H top = nothing<H>();
+#pragma unroll
+      for (int v = 0; v < kHeld; ++v) {
+        if (v >= slice.count) break;
+        top = top.larger(soft.s[v]);
+      }
+      float largest[1] = {top[0]};
+#pragma unroll
+      for (int i = 1; i < H::width; ++i) largest[0] = fmaxf(largest[0], top[i]);
+      cuda::reduce<Max>(team, largest, shared.largest);
+      return sum(p, team, span, slice, shared, largest[0]);
+    }
+    __device__ __forceinline__ HardSums<float> sum(const Parameters& p, const Team& team, const RowSpan& span,
+                                                   const Slice& slice, Shared& shared, float s_max) const {
       const SoftExponential<H::packed> exponential(kLog2E, s_max);
       const Target target(p.args, task->plan.row());
+      HardSums<float> hard;
+      hard.s_max = s_max;
       float sums[3] = {0, 0, 0};
 #pragma unroll
       for (int v = 0; v < kHeld; ++v) {
@@ -205,37 +246,7 @@ struct KdLoss {
       }
       hard.below_max = smoothed[0];
       hard.count = smoothed[1];
-      return partial;
-    }
-
-    __device__ __forceinline__ void write_gradient(const Parameters& p, const RowSpan& span, const Slice& slice, const Row& row,
-                                                   const GradientRow& gradient, float soft_factor) const {
-      const SoftExponential<H::packed> exponential(kLog2E, s_max);
-      const int64_t index = task->plan.row();
-      const Target target(p.args, index);
-      HardGradient<float> hard(row.hard.stat, hard_factor(p.args, *task, index, p.args.weight.at(index, 1.f)), p.smoothing,
-                               p.classes);
-      hard.factor *= row.hard.share * exponential.unit;
-      soft.write_gradient(p.soft, span, slice, row.soft, gradient, soft_factor, [&](int v, float (&g)[H::width]) {
-        add_hard(p, exponential, hard, target, soft.s[v], first_class<H>(span, slice, v), g);
-      });
-    }
-
-   private:
-    __device__ __forceinline__ float largest_of(const Team& team, const Slice& slice, const typename Soft::Partial& partial,
-                                                Shared& shared) const {
-      if constexpr (requires { partial.s_max; }) return partial.s_max;
-      H top = nothing<H>();
-#pragma unroll
-      for (int v = 0; v < kHeld; ++v) {
-        if (v >= slice.count) break;
-        top = top.larger(soft.s[v]);
-      }
-      float largest[1] = {top[0]};
-#pragma unroll
-      for (int i = 1; i < H::width; ++i) largest[0] = fmaxf(largest[0], top[i]);
-      cuda::reduce<Max>(team, largest, shared.largest);
-      return largest[0];
+      return hard;
     }
     template <class Vector>
     static __device__ __forceinline__ int first_class(const RowSpan& span, const Slice& slice, int v) {
@@ -268,7 +279,6 @@ struct KdLoss {
     hard.s_target = reduce_warp(hard.s_target, Sum());
     hard.below_max = reduce_warp(hard.below_max, Sum());
     row.hard = HardRow<float>(hard, p.smoothing, p.classes);
-    if (own >= 0) row.hard.share = share_of(read(own).hard.s_max);
     return row;
   }
 

@@ -27,10 +27,11 @@ constexpr float kSmallest = 1.17549435e-38f;
 // x of a class that weighs nothing, where it is larger or no number: finite, so that w x is 0 without a branch.
 constexpr float kLargestX = 1e20f;
 
-// phi(y / 2) = 2 (y / 2)^2 times this, for |y| < 2: twice as large as it need be, so that one bit of y tells whether it holds.
-// 1.9e-6 relative at the ends, exact in the middle.
-struct HalfPhiSeries {
-  static constexpr float of[] = {0.25f, 0.0416664705f, 0.00520700170f, 0.000520980451f, 0.0000444875441f, 0.00000311400072f};
+// phi(u), u = kUnit y, is kUnit y^2 times this, for |y| < 2: in units in which one bit of y tells whether it holds. 3.3e-7
+// relative at most; over values about 0, whose errors have both signs, 2e-7.
+constexpr float kUnit = 0.375f;
+struct UnitPhiSeries {
+  static constexpr float of[] = {0.18750004f, 0.023437481f, 0.0021970335f, 0.00016480687f, 0.000010455251f, 0.0000005539117f};
 };
 constexpr uint32_t kTwoOrMore = 0x40000000u;  // set where |y| >= 2, and in infinity and NaN
 
@@ -144,15 +145,18 @@ struct KlDivTau {
     Exponential<H::packed> weight, student_weight;
     float w[kHeld][H::width], x[kHeld][H::width];
 
-    template <class GradientOf, class FactorOf>
+    // beside(largest logit of the student): called where no more than the logits is held
+    template <class GradientOf, class FactorOf, class Beside = Nothing>
     __device__ __forceinline__ Partial reduce(const Parameters& p, const Team& team, const RowSpan& span, const Slice& slice,
-                                              const void* student, const void* teacher, GradientOf, FactorOf, Shared& shared) {
+                                              const void* student, const void* teacher, GradientOf, FactorOf, Shared& shared,
+                                              Beside beside = {}) {
       if (team.warps > 1 && threadIdx.x == 0) shared.s_j = ordered(-INFINITY);
       H t[kHeld];
       Reader<H>(student, p.args.student.dtype, span, slice, nothing<H>()).next(s, slice.count);
       Reader<H>(teacher, p.args.teacher.dtype, span, slice, nothing<H>()).next(t, slice.count);
       Partial partial;
       find_references(p, team, slice, t, partial, shared);
+      beside(partial.s_max);
       weight = Exponential<H::packed>(p.teacher_log2, partial.t_max);
       student_weight = Exponential<H::packed>(p.student_log2, partial.s_max);
       float sums[3];
@@ -170,7 +174,7 @@ struct KlDivTau {
         const float exp_of_reference = math::exp(plain.rest - partial.mean) * (student_weight.unit / weight.unit);
         float excess[1] = {add_excess(p, slice, partial.mean, exp_of_reference)};
         cuda::reduce<Sum>(team, excess, shared.excess);
-        partial.excess = excess[0] * (weight.unit / 2);
+        partial.excess = excess[0] * (weight.unit * kUnit);
       }
       return partial;
     }
@@ -245,16 +249,17 @@ struct KlDivTau {
       }
     }
 
-    // Twice the stable form's sum; and twice w expm1(x - m) in the place of x.
+    // The stable form's sum over kUnit; and w expm1(x - m) over kUnit in the place of x.
     __device__ __forceinline__ float add_excess(const Parameters& p, const Slice& slice, float mean, float exp_of_reference) {
-      const float scale = 2 * p.inv_tau;
-      mean *= 2;
-      exp_of_reference *= 2;  // w exp(x - m) = v times this
+      constexpr float per_unit = 1 / kUnit;
+      const float scale = per_unit * p.inv_tau;
+      mean *= per_unit;
+      exp_of_reference *= per_unit;  // w exp(x - m) = v times this
       float excess = 0;
 #pragma unroll
       for (int v = 0; v < kHeld; ++v) {
         if (v >= slice.count) break;
-        float y[H::width];  // 2 (x - m)
+        float y[H::width];  // (x - m) / kUnit
         uint32_t bits = 0;
 #pragma unroll
         for (int i = 0; i < H::width; i += 2) {
@@ -265,15 +270,15 @@ struct KlDivTau {
         if ((bits & kTwoOrMore) == 0) {
 #pragma unroll
           for (int i = 0; i < H::width; ++i) {
-            const float wy = w[v][i] * y[i], wyy = wy * y[i], series = math::polynomial<HalfPhiSeries>(y[i]);
+            const float wy = w[v][i] * y[i], wyy = wy * y[i], series = math::polynomial<UnitPhiSeries>(y[i]);
             excess = fmaf(wyy, series, excess);
             if constexpr (wants_gradient) x[v][i] = fmaf(wyy, series, wy);
           }
         } else {
 #pragma unroll
           for (int i = 0; i < H::width; ++i) {
-            const float wy = w[v][i] == 0 ? 0.f : w[v][i] * y[i], near = wy * y[i] * math::polynomial<HalfPhiSeries>(y[i]);
-            const float far = fmaf(student_weight(s[v][i]), exp_of_reference, -2 * w[v][i]);
+            const float wy = w[v][i] == 0 ? 0.f : w[v][i] * y[i], near = wy * y[i] * math::polynomial<UnitPhiSeries>(y[i]);
+            const float far = fmaf(student_weight(s[v][i]), exp_of_reference, -per_unit * w[v][i]);
             const bool is_near = fabsf(y[i]) < 2;
             excess += is_near ? near : far - wy;
             if constexpr (wants_gradient) x[v][i] = is_near ? near + wy : far;
@@ -284,7 +289,7 @@ struct KlDivTau {
     }
 
     // mix(number of a vector, its gradient): what becomes of that before it is written
-    template <class Mix = AsIs>
+    template <class Mix = Nothing>
     __device__ __forceinline__ void write_gradient(const Parameters& p, const RowSpan& span, const Slice& slice, const Row& row,
                                                    const GradientRow& gradient, float factor, Mix mix = {}) const {
       factor *= p.student_scale;
@@ -293,7 +298,7 @@ struct KlDivTau {
       const float shift = row.apart + row.kl;
       // q - p = p (exp(x - m - KL) - 1), from expm1(x - mean of the slice)
       const bool stable = row.excess == row.excess && row.kl < float(math::kStableBelow) && fabsf(shift) < 1;
-      const float by_h = p_factor * math::exp(-shift) / 2, by_w = p_factor * math::expm1_series(-shift);
+      const float by_h = p_factor * math::exp(-shift) * kUnit, by_w = p_factor * math::expm1_series(-shift);
       Writer<H> write(gradient, span, slice);
 #pragma unroll
       for (int v = 0; v < kHeld; ++v) {

@@ -230,11 +230,13 @@ struct Centred : LogitDifference<Square<float>> {
   struct Held {
     H s[kHeld], t[kHeld];
 
-    template <class GradientOf, class FactorOf>
+    template <class GradientOf, class FactorOf, class Beside = Nothing>
     __device__ __forceinline__ Partial reduce(const Parameters& p, const Team& team, const RowSpan& span, const Slice& slice,
-                                              const void* student, const void* teacher, GradientOf, FactorOf, Shared& shared) {
+                                              const void* student, const void* teacher, GradientOf, FactorOf, Shared& shared,
+                                              Beside beside = {}) {
       Reader<H>(student, p.args.student.dtype, span, slice, nothing<H>()).next(s, slice.count);
       Reader<H>(teacher, p.args.teacher.dtype, span, slice, nothing<H>()).next(t, slice.count);
+      beside();
       Partial partial{};
       partial.count = 1;
       if (p.args.center || p.args.per_class) find_mean(team, slice, partial, shared);
@@ -246,7 +248,7 @@ struct Centred : LogitDifference<Square<float>> {
     }
 
     // mix(number of a vector, its gradient): what becomes of that before it is written
-    template <class Mix = AsIs>
+    template <class Mix = Nothing>
     __device__ __forceinline__ void write_gradient(const Parameters& p, const RowSpan& span, const Slice& slice, const Row& row,
                                                    const GradientRow& gradient, float factor, Mix mix = {}) const {
       factor = p.gradient_factor(factor, row.inv_classes);

@@ -510,10 +510,10 @@ struct Writer : Cursor {
   }
 };
 
-// A vector's gradient as its loss has it.
-struct AsIs {
-  template <class Gradient>
-  __device__ __forceinline__ void operator()(int, const Gradient&) const {}
+// Where a loss has no other part beside it.
+struct Nothing {
+  template <class... Given>
+  __device__ __forceinline__ void operator()(const Given&...) const {}
 };
 
 // ---- the blocks of a cluster
@@ -647,6 +647,7 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
     Row row;
     if (plan.slices == 1) {
       row = L::row_of(parameters, partial);
+      if (team.leads()) L::finish_row(parameters, row, weight, index);
     } else if (plan.cluster) {
       if (threadIdx.x == 0) own = partial;
       cluster_arrive();
@@ -659,7 +660,10 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
           return p;
         };
         const Row r = L::merge(parameters, plan.slices, read, slice_index, int(threadIdx.x));
-        if (threadIdx.x == 0) merged = r;
+        if (threadIdx.x == 0) {
+          merged = r;
+          if (slice_index == 0) L::finish_row(parameters, r, weight, index);
+        }
       }
       __syncthreads();
       cluster_arrive();  // this block has read the others' numbers; theirs must not leave before all have
@@ -668,7 +672,6 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
       if (threadIdx.x == 0) reinterpret_cast<Partial*>(task.partials)[blockIdx.x] = partial;
       return;
     }
-    if (slice_index == 0 && team.leads()) L::finish_row(parameters, row, weight, index);
     if constexpr (wants_gradient) {
       const GradientRow gradient = gradient_of();
       held.write_gradient(parameters, span, slice, row, gradient, factor_of());
