@@ -222,7 +222,7 @@ struct Call {
   bool hard_by_rows = false;  // the sum of the weights of the rows that are not ignored, 1 where that is 0
 };
 
-// args.row_loss may be nullptr where call.loss is not. With a gradient in forward, only the student's.
+// args.row_loss may be nullptr where call.loss is not. With a gradient in forward, only the student's, and no row_stats.
 size_t workspace_bytes(const KlDivTauArgs& args);
 size_t workspace_bytes(const LogitMseArgs& args);
 size_t workspace_bytes(const LogitHuberArgs& args);

@@ -129,6 +129,9 @@ struct KdLoss {
     float largest[kMostWarps][1], sums[kMostWarps][3], smoothed[kMostWarps][2];
   };
 
+  static __device__ __forceinline__ unsigned slot(const Team& team) {
+    return team.size > 32 ? 0 : threadIdx.x / unsigned(team.size);
+  }
   // Mixes the gradient of a vector whose class 0 would be at `first`.
   template <class H, class Exponential>
   static __device__ __forceinline__ void add_hard(const Parameters& p, const Exponential& exponential,
@@ -157,7 +160,7 @@ struct KdLoss {
                                               const void* student, const void* teacher, GradientOf gradient_of,
                                               FactorOf factor_of, Shared& shared) {
       // Kept in shared memory meanwhile: the soft part has use for every register.
-      HardSums<float>& kept = shared.kept[team.size > 32 ? 0 : threadIdx.x / unsigned(team.size)];
+      HardSums<float>& kept = shared.kept[slot(team)];
       const auto beside = [&](auto... s_max) {
         const HardSums<float> sums = sum(p, team, span, slice, shared, s_max...);
         if (team.leads()) kept = sums;
@@ -165,7 +168,7 @@ struct KdLoss {
       Partial partial;
       partial.soft = soft.reduce(p.soft, team, span, slice, student, teacher, gradient_of, factor_of, shared.soft, beside);
       team.warps > 1 ? __syncthreads() : __syncwarp(team.mask);
-      partial.hard = kept;
+      if (task->plan.slices > 1) partial.hard = kept;
       return partial;
     }
 
@@ -176,7 +179,7 @@ struct KdLoss {
       const Target target(p.args, index);
       HardGradient<float> hard(row.hard.stat, hard_factor(p.args, *task, index, p.args.weight.at(index, 1.f)), p.smoothing,
                                p.classes);
-      hard.factor *= exponential.unit;
+      hard.factor *= exponential.unit(row.hard.stat[HardStat::s_max]);
       soft.write_gradient(p.soft, span, slice, row.soft, gradient, soft_factor, [&](int v, float (&g)[H::width]) {
         add_hard(p, exponential, hard, target, soft.s[v], first_class<H>(span, slice, v), g);
       });
@@ -225,8 +228,9 @@ struct KdLoss {
         sums[0] += others;
       }
       cuda::reduce<Sum>(team, sums, shared.sums);
-      hard.others = sums[0] * exponential.unit;
-      hard.at_target = target.is_class() ? sums[1] * exponential.unit : NAN;
+      const float unit = exponential.unit(s_max);
+      hard.others = sums[0] * unit;
+      hard.at_target = target.is_class() ? sums[1] * unit : NAN;
       hard.s_target = target.is_class() ? sums[2] : NAN;
       float smoothed[2] = {0, 0};
       if (p.smoothing != 0) {
@@ -254,8 +258,9 @@ struct KdLoss {
     }
   };
 
-  static __device__ __forceinline__ Row row_of(const Parameters& p, const Partial& partial) {
-    return {Soft::row_of(p.soft, partial.soft), HardRow<float>(partial.hard, p.smoothing, p.classes)};
+  static __device__ __forceinline__ Row row_of(const Parameters& p, const Partial& partial, const Team& team,
+                                               const Shared& shared) {
+    return {Soft::row_of(p.soft, partial.soft), HardRow<float>(shared.kept[slot(team)], p.smoothing, p.classes)};
   }
 
   template <class Read>
@@ -282,15 +287,15 @@ struct KdLoss {
     return row;
   }
 
-  static __device__ __forceinline__ void finish_row(const Parameters& p, const Row& row, float weight, int64_t index) {
+  static __device__ __forceinline__ void write_loss(const Parameters& p, const Row& row, float weight, int64_t index) {
     const float soft = Soft::loss_of(p.soft, row.soft, weight);
     const float hard = weight == 0 || Target(p.args, index).ignored ? 0.f : row.hard.loss * weight;
     store_losses<float>(p.args, index, hard, soft);
-    if (p.args.row_stats == nullptr) return;
-    float* stat = static_cast<float*>(p.args.row_stats) + index * kStats;
-    Soft::store_stats(row.soft, stat);
+  }
+  static __device__ __forceinline__ void store_stats(const Row& row, float* to) {
+    Soft::store_stats(row.soft, to);
 #pragma unroll
-    for (int i = 0; i < HardStat::count; ++i) stat[kSoftStats + i] = row.hard.stat[i];
+    for (int i = 0; i < HardStat::count; ++i) to[kSoftStats + i] = row.hard.stat[i];
   }
 
   struct Backward {

@@ -39,20 +39,22 @@ __device__ __forceinline__ float or_zero(float top) { return top == -INFINITY ? 
 // 2^((logit - top) log2), times 1 / unit.
 template <bool packed>
 struct SoftExponential {
-  float log2, reference, unit;
+  float log2, reference;
 
   __device__ __forceinline__ SoftExponential() {}
-  __device__ __forceinline__ SoftExponential(float log2, float top) : log2(log2), reference(or_zero(top)), unit(1) {
+  __device__ __forceinline__ SoftExponential(float log2, float top) : log2(log2), reference(or_zero(top)) {
     if constexpr (packed) {
       // The exponent of a sixteen-bit logit is one multiply-add, which makes all of a row's numbers too large by one factor.
       // Where that might overflow, a logit is worth nothing unless it is equal to the top: any log2 as large will do, and a
       // power of two makes the factor 1.
       constexpr float kMost = 268435456.f;
       if (fabsf(reference * log2) > kMost) this->log2 = math::power_of_two(kMost / fabsf(reference));
-      top = reference;
-      reference = top * this->log2;
-      unit = exp2_approx(-fmaf(top, this->log2, -reference));
+      reference *= this->log2;
     }
+  }
+  // Of the same top: not kept, so that no register is.
+  __device__ __forceinline__ float unit(float top) const {
+    return packed ? exp2_approx(-fmaf(or_zero(top), log2, -reference)) : 1.f;
   }
   __device__ __forceinline__ float operator()(float logit) const {
     return exp2_approx(packed ? fmaf(logit, log2, -reference) : (logit - reference) * log2);
@@ -143,6 +145,7 @@ struct KlDivTau {
   struct Held {
     H s[kHeld];
     Exponential<H::packed> weight, student_weight;
+    float w_unit, v_unit;
     float w[kHeld][H::width], x[kHeld][H::width];
 
     // beside(largest logit of the student): called where no more than the logits is held
@@ -165,16 +168,18 @@ struct KlDivTau {
       else
         sum<false>(p, slice, t, partial, sums);
       cuda::reduce<Sum>(team, sums, shared.sums);
-      partial.s0 = sums[0] * weight.unit;
+      w_unit = weight.unit(partial.t_max);
+      v_unit = student_weight.unit(partial.s_max);
+      partial.s0 = sums[0] * w_unit;
       partial.mean = sums[1] / sums[0] * p.inv_tau;
-      partial.z = sums[2] * student_weight.unit;
+      partial.z = sums[2] * v_unit;
       partial.excess = NAN;
       const Plain plain(p, partial);
       if (plain.stable()) {
-        const float exp_of_reference = math::exp(plain.rest - partial.mean) * (student_weight.unit / weight.unit);
+        const float exp_of_reference = math::exp(plain.rest - partial.mean) * (v_unit / w_unit);
         float excess[1] = {add_excess(p, slice, partial.mean, exp_of_reference)};
         cuda::reduce<Sum>(team, excess, shared.excess);
-        partial.excess = excess[0] * (weight.unit * kUnit);
+        partial.excess = excess[0] * (w_unit * kUnit);
       }
       return partial;
     }
@@ -293,8 +298,8 @@ struct KlDivTau {
     __device__ __forceinline__ void write_gradient(const Parameters& p, const RowSpan& span, const Slice& slice, const Row& row,
                                                    const GradientRow& gradient, float factor, Mix mix = {}) const {
       factor *= p.student_scale;
-      const float p_factor = factor * row.w_share * weight.unit * row.stat[KlStat::inv_s0],
-                  q_factor = factor * row.v_share * student_weight.unit * row.stat[KlStat::inv_z];
+      const float p_factor = factor * row.w_share * w_unit * row.stat[KlStat::inv_s0],
+                  q_factor = factor * row.v_share * v_unit * row.stat[KlStat::inv_z];
       const float shift = row.apart + row.kl;
       // q - p = p (exp(x - m - KL) - 1), from expm1(x - mean of the slice)
       const bool stable = row.excess == row.excess && row.kl < float(math::kStableBelow) && fabsf(shift) < 1;
@@ -443,9 +448,8 @@ struct KlDivTau {
     return result;
   }
 
-  static __device__ __forceinline__ void finish_row(const Parameters& p, const Row& row, float weight, int64_t index) {
+  static __device__ __forceinline__ void write_loss(const Parameters& p, const Row& row, float weight, int64_t index) {
     static_cast<float*>(p.args.row_loss)[index] = loss_of(p, row, weight);
-    if (p.args.row_stats != nullptr) store_stats(row, static_cast<float*>(p.args.row_stats) + index * kStats);
   }
   static __device__ __forceinline__ float loss_of(const Parameters& p, const Row& row, float weight) {
     return weight == 0 ? 0.f : row.kl * p.loss_scale * weight;

@@ -59,6 +59,7 @@ struct LogitDifference {
   using Args = typename Element::Args;
   using Partial = kdfast::cuda::Partial;
   using Row = kdfast::cuda::Row;
+  static constexpr int kStats = MseStat::count;
 
   struct Parameters {
     Args args;
@@ -76,9 +77,8 @@ struct LogitDifference {
     return {partial.d, 1 / partial.count, partial.total};
   }
 
-  static __device__ __forceinline__ void finish_row(const Parameters& p, const Row& row, float weight, int64_t index) {
+  static __device__ __forceinline__ void write_loss(const Parameters& p, const Row& row, float weight, int64_t index) {
     static_cast<float*>(p.args.row_loss)[index] = loss_of(p, row, weight);
-    if (p.args.row_stats != nullptr) store_stats(row, static_cast<float*>(p.args.row_stats) + index * MseStat::count);
   }
   static __device__ __forceinline__ float loss_of(const Parameters& p, const Row& row, float weight) {
     const float scale = p.element.value_factor * p.scale * (p.args.per_class ? row.inv_classes : 1.f);
@@ -220,7 +220,7 @@ struct Plain : LogitDifference<Element> {
 
 // Around the mean: the row is held until that is known.
 struct Centred : LogitDifference<Square<float>> {
-  static constexpr int kHeld = 4, kBlocks = 1, kStats = MseStat::count;
+  static constexpr int kHeld = 4, kBlocks = 1;
 
   struct Shared {
     float size[kMostWarps][2], sums[2][kMostWarps][2], total[kMostWarps][1];

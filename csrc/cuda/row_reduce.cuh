@@ -609,9 +609,19 @@ __device__ __forceinline__ void finish(const Task& task, const KdLossArgs& args)
 // A loss L has: kHeld, the vectors of a row that a thread takes; kBlocks, of the largest size, that a multiprocessor is to
 // hold; Parameters, with `args` in it; Partial, the numbers of a slice, and Row, those of a row, all floats;
 //   Held<H, wants_gradient>  a slice in registers: reduce() makes its Partial, write_gradient() needs the Row
-//   row_of(parameters, partial)                  the Row of a single slice
 //   merge(parameters, slices, read, own, lane)   the Row of several, by a warp: read(i) is the Partial of slice i, `own` this
-//   block's finish_row(parameters, row, weight, index)   writes loss and statistics
+//   block's
+//   write_loss(parameters, row, weight, index), and store_stats(row, to) for kStats numbers
+template <class L, bool with_stats>
+__device__ __forceinline__ void finish_row(const typename L::Parameters& parameters, const typename L::Row& row, float weight,
+                                           int64_t index) {
+  L::write_loss(parameters, row, weight, index);
+  if constexpr (with_stats)
+    if (parameters.args.row_stats != nullptr)
+      L::store_stats(row, static_cast<float*>(parameters.args.row_stats) + index * L::kStats);
+}
+
+// Leaves statistics, or the gradient.
 template <class L, class H, bool wants_gradient>
 __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
     forward_kernel(const __grid_constant__ typename L::Parameters parameters, const __grid_constant__ Task task) {
@@ -646,8 +656,11 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
     const Partial partial = held.reduce(parameters, team, span, slice, student, teacher, gradient_of, factor_of, shared);
     Row row;
     if (plan.slices == 1) {
-      row = L::row_of(parameters, partial);
-      if (team.leads()) L::finish_row(parameters, row, weight, index);
+      if constexpr (requires { L::row_of(parameters, partial, team, shared); })
+        row = L::row_of(parameters, partial, team, shared);
+      else
+        row = L::row_of(parameters, partial);
+      if (team.leads()) finish_row<L, !wants_gradient>(parameters, row, weight, index);
     } else if (plan.cluster) {
       if (threadIdx.x == 0) own = partial;
       cluster_arrive();
@@ -662,7 +675,7 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
         const Row r = L::merge(parameters, plan.slices, read, slice_index, int(threadIdx.x));
         if (threadIdx.x == 0) {
           merged = r;
-          if (slice_index == 0) L::finish_row(parameters, r, weight, index);
+          if (slice_index == 0) finish_row<L, !wants_gradient>(parameters, r, weight, index);
         }
       }
       __syncthreads();
@@ -683,7 +696,8 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
       const void* row = args.student.data;
       const RowSpan span(H::width, row, args.student.dtype, row, args.student.dtype, args.classes);
       if constexpr (wants_gradient) GradientRow(args.grad_student, index, span).zero(team, 0);
-      if (team.leads() && (plan.slices == 1 || plan.cluster)) L::finish_row(parameters, Row{}, weight, index);
+      if (team.leads() && (plan.slices == 1 || plan.cluster))
+        finish_row<L, !wants_gradient>(parameters, Row{}, weight, index);
     }
     if (plan.slices > 1 && !plan.cluster) return;
   }
@@ -704,7 +718,7 @@ __global__ void __launch_bounds__(128)
       const auto read = [&](int i) { return reinterpret_cast<const typename L::Partial*>(task.partials)[index * slices + i]; };
       row = L::merge(parameters, slices, read, -1, lane);
     }
-    if (lane == 0) L::finish_row(parameters, row, weight, index);
+    if (lane == 0) finish_row<L, true>(parameters, row, weight, index);
   }
   finish<float>(task, args);
 }
