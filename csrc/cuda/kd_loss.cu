@@ -1,6 +1,5 @@
-// Cross-entropy with the target and a soft part on CUDA: the rows of
-// kl_div_tau.cuh and logit_difference.cuh, with a hard part that takes the
-// student's logits from the registers that hold them for the soft part.
+// Cross-entropy with the target and a soft part on CUDA: the rows of kl_div_tau.cuh and logit_difference.cuh, with a hard part
+// that takes the student's logits from the registers that hold them for the soft part.
 #include "kl_div_tau.cuh"
 #include "logit_difference.cuh"
 
@@ -28,8 +27,7 @@ LogitMseArgs soft_args(const KdLossArgs& args, LogitMseArgs) {
   return soft;
 }
 
-// The class of a row's target; -1 where it has none: the row is ignored, or its
-// target is no class, which makes it NaN.
+// The class of a row's target; -1 where it has none: the row is ignored, or its target is no class, which makes it NaN.
 struct Target {
   int index;
   bool ignored;
@@ -43,8 +41,8 @@ struct Target {
   __device__ __forceinline__ bool is_class() const { return index >= 0; }
 };
 
-// Of a row, in terms of its largest logit s_max: `others` is the sum of the
-// exponentials but the target's, below_max the sum of s_max - s.
+// Of a row, in terms of its largest logit s_max: `others` is the sum of the exponentials but the target's, below_max the sum
+// of s_max - s.
 template <class F>
 struct HardSums {
   F s_max, others, at_target, s_target, below_max, count;
@@ -57,8 +55,7 @@ struct HardRow {
   HardRow() = default;
   __device__ __forceinline__ HardRow(const HardSums<F>& sums, F smoothing, F classes) {
     const F z = sums.others + sums.at_target, gap = sums.s_max - sums.s_target;
-    // Where the target has the largest logit, log z is small and its terms are
-    // not: 1 + others.
+    // Where the target has the largest logit, log z is small and its terms are not: 1 + others.
     const F log_z = gap == 0 ? math::log1p(sums.others) : math::log(z);
     loss = log_z + gap;
     if (smoothing != 0) loss = (1 - smoothing) * loss + smoothing * (log_z + sums.below_max / classes);
@@ -150,8 +147,7 @@ struct KdLoss {
   template <class H, bool wants_gradient>
   struct Held {
     typename Soft::template Held<H, wants_gradient> soft;
-    const Task* task;  // what the hard part needs of it and of the row is read
-                       // again rather than kept: registers are scarce
+    const Task* task;  // what the hard part needs of it and of the row is read again rather than kept: registers are scarce
 
     __device__ __forceinline__ void begin_row(const Task& task) { this->task = &task; }
 

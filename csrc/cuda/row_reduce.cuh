@@ -607,11 +607,14 @@ __device__ __forceinline__ void finish(const Task& task, const KdLossArgs& args)
 }
 
 // A loss L has: kHeld, the vectors of a row that a thread takes; kBlocks, of the largest size, that a multiprocessor is to
-// hold; Parameters, with `args` in it; Partial, the numbers of a slice, and Row, those of a row, all floats;
+// hold; kStats; Parameters, with `args` in it; Partial, the numbers of a slice, and Row, those of a row, all floats;
 //   Held<H, wants_gradient>  a slice in registers: reduce() makes its Partial, write_gradient() needs the Row
+//   row_of(parameters, partial)                  the Row of a single slice; of a loss that keeps numbers in shared memory
+//                                                meanwhile, row_of(parameters, partial, team, shared)
 //   merge(parameters, slices, read, own, lane)   the Row of several, by a warp: read(i) is the Partial of slice i, `own` this
-//   block's
-//   write_loss(parameters, row, weight, index), and store_stats(row, to) for kStats numbers
+//                                                block's
+//   write_loss(parameters, row, weight, index)
+//   store_stats(row, to)                         kStats numbers
 template <class L, bool with_stats>
 __device__ __forceinline__ void finish_row(const typename L::Parameters& parameters, const typename L::Row& row, float weight,
                                            int64_t index) {
@@ -647,8 +650,9 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
     const RowSpan span(H::width, student, args.student.dtype, teacher, args.teacher.dtype, args.classes);
     const Slice slice(team, plan, span, slice_index);
     const auto gradient_of = [&] { return GradientRow(args.grad_student, index, span); };
-    const auto factor_of = [&] {
-      return args.grad_loss.at(index, 1.f) * float(args.grad_scale) * weight / task.divisor.at(0, float(task.number));
+    const auto factor_of = [&] {  // reads the weight again rather than keep it: registers are scarce
+      return args.grad_loss.at(index, 1.f) * float(args.grad_scale) * args.weight.at(index, 1.f) /
+             task.divisor.at(0, float(task.number));
     };
 
     typename L::template Held<H, wants_gradient> held;
@@ -696,8 +700,7 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
       const void* row = args.student.data;
       const RowSpan span(H::width, row, args.student.dtype, row, args.student.dtype, args.classes);
       if constexpr (wants_gradient) GradientRow(args.grad_student, index, span).zero(team, 0);
-      if (team.leads() && (plan.slices == 1 || plan.cluster))
-        finish_row<L, !wants_gradient>(parameters, Row{}, weight, index);
+      if (team.leads() && (plan.slices == 1 || plan.cluster)) finish_row<L, !wants_gradient>(parameters, Row{}, weight, index);
     }
     if (plan.slices > 1 && !plan.cluster) return;
   }
