@@ -214,18 +214,27 @@ struct Call {
   Numbers divisor;  // one number in device memory; data == nullptr: `number`
   double number = 1;
   double times_weights = 0;  // not 0: divide by this times the sum of the row weights too, where that is not 0
+
+  // Of kd_loss, beside the above, which are the soft part's: the reduced parts, and the hard part's divisor.
+  void *hard = nullptr, *soft = nullptr;
+  Numbers hard_divisor;
+  double hard_number = 1;
+  bool hard_by_rows = false;  // the sum of the weights of the rows that are not ignored, 1 where that is 0
 };
 
-// args.row_loss may be nullptr where call.loss is not. With a gradient in forward, only the student's.
+// args.row_loss may be nullptr where call.loss is not. With a gradient in forward, only the student's, and no row_stats.
 size_t workspace_bytes(const KlDivTauArgs& args);
 size_t workspace_bytes(const LogitMseArgs& args);
 size_t workspace_bytes(const LogitHuberArgs& args);
+size_t workspace_bytes(const KdLossArgs& args);
 void kl_div_tau_forward(const KlDivTauArgs& args, const Call& call);
 void kl_div_tau_backward(const KlDivTauArgs& args, const Call& call);
 void logit_mse_forward(const LogitMseArgs& args, const Call& call);
 void logit_mse_backward(const LogitMseArgs& args, const Call& call);
 void logit_huber_forward(const LogitHuberArgs& args, const Call& call);
 void logit_huber_backward(const LogitHuberArgs& args, const Call& call);
+void kd_loss_forward(const KdLossArgs& args, const Call& call);
+void kd_loss_backward(const KdLossArgs& args, const Call& call);
 
 // out[i] = in[i] * factor for `count` numbers; out and in may be the same, and then a factor of 1 reads nothing.
 void scale_gradient(void* out, const void* in, DType dtype, const Numbers& factor, int64_t count, void* stream);

@@ -371,6 +371,17 @@ struct OnCuda {
     else
       call.number = divisor_of(options, student, args.weight, args.rows, per_row);
   }
+  void divide(KdLossArgs& args, const Options& options, const Tensor& student, double per_row) {
+    divide<KdLossArgs>(args, options, student, per_row);
+    args.grad_scale = args.alpha;
+    args.hard_grad_scale = 1 - args.alpha;
+    if (options.denominator && !options.divisor)
+      call.hard_divisor = call.divisor;
+    else if (options.reduction == Reduction::Mean && args.rows > 0 && !options.divisor)
+      call.hard_by_rows = true;
+    else
+      call.hard_number = divisor_of(options, student, args.weight, args.rows, 1);
+  }
   template <class Loss, class Args>
   Value forward(Args& args, const Tensor& student, ScalarType type, Reduction reduction) {
     std::vector<int64_t> sizes;
@@ -383,6 +394,18 @@ struct OnCuda {
     const Tensor workspace = allocate(args, student);
     Loss::forward_cuda(args, call);
     return {loss};
+  }
+  template <class Loss>
+  Parts forward(KdLossArgs& args, const Tensor& student, ScalarType type, Reduction reduction) {
+    const bool by_row = reduction == Reduction::None;
+    const auto empty = [&] { return by_row ? empty_rows(student, type) : empty_like_device(student, {}, type); };
+    Tensor loss = empty(), hard = empty(), soft = empty();
+    (by_row ? args.row_loss : call.loss) = loss.data_ptr();
+    (by_row ? args.row_hard : call.hard) = hard.data_ptr();
+    (by_row ? args.row_soft : call.soft) = soft.data_ptr();
+    const Tensor workspace = allocate(args, student);
+    Loss::forward_cuda(args, call);
+    return {loss, hard, soft};
   }
   template <class Loss, class Args>
   void backward(const Args& args, const Tensor& student) {
@@ -541,6 +564,10 @@ struct KdLoss {
   using Args = KdLossArgs;
   static constexpr auto forward = cpu::kd_loss_forward;
   static constexpr auto backward = cpu::kd_loss_backward;
+#ifdef KDFAST_WITH_CUDA
+  static void forward_cuda(const Args& args, const cuda::Call& call) { cuda::kd_loss_forward(args, call); }
+  static void backward_cuda(const Args& args, const cuda::Call& call) { cuda::kd_loss_backward(args, call); }
+#endif
 
   const Tensor& target;
   double tau, alpha;
@@ -657,6 +684,7 @@ void scale_gradient_inplace(const Tensor& gradient, const Tensor& grad_loss) {
   KDFAST_REGISTER_LOSS(kl_div_tau, DEVICE)                                            \
   KDFAST_REGISTER_LOSS(logit_mse, DEVICE)                                             \
   KDFAST_REGISTER_LOSS(logit_huber, DEVICE)                                           \
+  KDFAST_REGISTER_LOSS(kd_loss, DEVICE)                                               \
   library.impl("scale_gradient", TORCH_BOX(&kdfast::scale_gradient<kdfast::DEVICE>)); \
   library.impl("scale_gradient_inplace", TORCH_BOX(&kdfast::scale_gradient_inplace<kdfast::DEVICE>));
 
@@ -670,10 +698,9 @@ STABLE_TORCH_LIBRARY(kdfast, library) {
   library.def("scale_gradient_inplace(Tensor(a!) gradient, Tensor grad_loss) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, library) {
-  KDFAST_REGISTER(OnCpu)
-  KDFAST_REGISTER_LOSS(kd_loss, OnCpu);
-}
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, library){KDFAST_REGISTER(OnCpu)}
 #ifdef KDFAST_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, library) { KDFAST_REGISTER(OnCuda) }
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, library) {
+  KDFAST_REGISTER(OnCuda)
+}
 #endif

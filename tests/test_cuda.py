@@ -44,6 +44,8 @@ def test_every_row_length(k: int, dtype: torch.dtype) -> None:
     for kind in ("pseudo", "smooth_l1"):
         helpers.check(CUDA, "logit_huber", s, t, kind=kind, delta=30.0)
         helpers.check(CUDA, "logit_huber", s, t, kind=kind, delta=0.5, grads="st", center=True, row_weight=weight)
+    for soft, grads in (("kl", "s"), ("mse", "st")):
+        helpers.check(CUDA, "kd_loss", s, t, soft=soft, grads=grads, row_weight=weight, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("pair", [(F16, F16), (F32, BF16), (BF16, F32), (BF16, F16), (F64, F64), (F64, BF16)], ids=str)
@@ -56,6 +58,9 @@ def test_every_mixture(k: int, pair: tuple[torch.dtype, torch.dtype]) -> None:
     for kind in ("pseudo", "smooth_l1"):
         helpers.check(CUDA, "logit_huber", s, t, kind=kind, grads="st")
         helpers.check(CUDA, "logit_huber", s, t, kind=kind, center=True)
+    for soft, tau in (("kl", 0.5), ("kl", INF), ("mse", 1.0)):
+        for grads in ("s", "st"):
+            helpers.check(CUDA, "kd_loss", s, t, soft=soft, tau=tau, grads=grads, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
@@ -67,6 +72,9 @@ def test_rows_that_begin_anywhere(k: int, start: int, dtype: torch.dtype) -> Non
     cut = lambda x: x[:, start : start + k]  # noqa: E731
     helpers.check(CUDA, "kl_div_tau", s, t, tau=2.0, grads="st", view=cut)
     helpers.check(CUDA, "kl_div_tau", s, t, tau=2.0, view=cut, teacher_view=lambda x: x[:, 2 : 2 + k])
+    for soft, grads in (("kl", "s"), ("kl", "st"), ("mse", "s")):
+        y = helpers.default_target((3,), k)
+        helpers.check(CUDA, "kd_loss", s, t, target=y, soft=soft, grads=grads, view=cut, label_smoothing=0.1)
 
 
 def test_a_class_masked_in_the_teacher_keeps_the_students_mass() -> None:
@@ -123,25 +131,37 @@ for k, rows in {cases}:
     s = (t + torch.randn(rows, k, generator=g)).to(torch.{dtype}).to("cuda")
     t = t.to(torch.{dtype}).to("cuda")
     for gradient in (False, True):
-        kdfast.{loss}(s.detach().requires_grad_(gradient), t, backend="cpp")
+        s = s.detach().requires_grad_(gradient)
+        kdfast.{call}
 """
+_TARGET = 'torch.arange(rows).to("cuda")'
+_CALLS = {
+    **{loss: f'{loss}(s, t, backend="cpp")' for loss in ("kl_div_tau", "logit_mse", "logit_huber")},
+    **{soft: f'kd_loss(s, t, {_TARGET}, soft="{soft}", reduction="sum", backend="cpp")' for soft in ("kl", "mse")},
+    "mean": f'kd_loss(s, t, {_TARGET}, backend="cpp")',
+}
 
 
-def _statistics(tmp_path: Path, loss: str, dtype: str, cases: list[tuple[int, int]]) -> list[dict[str, Any]]:
+def _statistics(tmp_path: Path, call: str, dtype: str, cases: list[tuple[int, int]]) -> list[dict[str, Any]]:
     launcher = os.environ.get("KDFAST_GPU_EMULATOR")
     if not launcher:
         pytest.skip("needs the emulator's counts (KDFAST_GPU_EMULATOR)")
     counts = tmp_path / "counts.json"
-    step = _STEP.format(cases=cases, loss=loss, dtype=dtype)
+    step = _STEP.format(cases=cases, call=_CALLS[call], dtype=dtype)
     subprocess.run([launcher, "run", "--stats", str(counts), "--", sys.executable, "-c", step], check=True)
     return [launch for launch in map(json.loads, counts.read_text().splitlines()) if "kdfast" in launch["kernel"]]
 
 
-@pytest.mark.parametrize("loss", ["kl_div_tau", "logit_mse", "logit_huber"])
+def test_the_mean_of_kd_loss_counts_its_rows_first(tmp_path: Path) -> None:
+    launches = _statistics(tmp_path, "mean", "bfloat16", [(1000, 16)])
+    assert ["divisor" in launch["kernel"] for launch in launches] == [True, False] * 2
+
+
+@pytest.mark.parametrize("call", [call for call in _CALLS if call != "mean"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_one_launch_reads_each_logit_once(tmp_path: Path, loss: str, dtype: str) -> None:
+def test_one_launch_reads_each_logit_once(tmp_path: Path, call: str, dtype: str) -> None:
     cases = [(1000, 16), (1003, 16), (4096, 4), (32000, 1), (50257, 1), (128256, 1)]
-    launches = _statistics(tmp_path, loss, dtype, cases)
+    launches = _statistics(tmp_path, call, dtype, cases)
     assert len(launches) == 2 * len(cases)  # the loss; the loss and the gradient
     size = 2 if dtype == "bfloat16" else 4
     for i, launch in enumerate(launches):

@@ -59,6 +59,7 @@ struct LogitDifference {
   using Args = typename Element::Args;
   using Partial = kdfast::cuda::Partial;
   using Row = kdfast::cuda::Row;
+  static constexpr int kStats = MseStat::count;
 
   struct Parameters {
     Args args;
@@ -76,11 +77,14 @@ struct LogitDifference {
     return {partial.d, 1 / partial.count, partial.total};
   }
 
-  static __device__ __forceinline__ void finish_row(const Parameters& p, const Row& row, float weight, int64_t index) {
+  static __device__ __forceinline__ void write_loss(const Parameters& p, const Row& row, float weight, int64_t index) {
+    static_cast<float*>(p.args.row_loss)[index] = loss_of(p, row, weight);
+  }
+  static __device__ __forceinline__ float loss_of(const Parameters& p, const Row& row, float weight) {
     const float scale = p.element.value_factor * p.scale * (p.args.per_class ? row.inv_classes : 1.f);
-    static_cast<float*>(p.args.row_loss)[index] = weight == 0 ? 0.f : row.total * scale * weight;
-    if (p.args.row_stats == nullptr) return;
-    float* stat = static_cast<float*>(p.args.row_stats) + index * MseStat::count;
+    return weight == 0 ? 0.f : row.total * scale * weight;
+  }
+  static __device__ __forceinline__ void store_stats(const Row& row, float* stat) {
     stat[MseStat::s_offset] = row.d.s_offset;
     stat[MseStat::t_offset] = row.d.t_offset;
     stat[MseStat::mean] = row.d.mean;
@@ -91,21 +95,26 @@ struct LogitDifference {
     Difference d{};
     float factor;
 
-    __device__ __forceinline__ Backward(const Parameters& p, int64_t index, float given) {
+    __device__ __forceinline__ Backward(const Parameters& p, const Task&, int64_t index, float given)
+        : Backward(p,
+                   p.args.row_stats == nullptr ? nullptr : static_cast<const float*>(p.args.row_stats) + index * MseStat::count,
+                   given) {}
+    __device__ __forceinline__ Backward(const Parameters& p, const float* stat, float given) {
       float inv_classes = 1;
-      if (p.args.row_stats != nullptr) {
-        const float* stat = static_cast<const float*>(p.args.row_stats) + index * MseStat::count;
+      if (stat != nullptr) {
         d = {stat[MseStat::s_offset], stat[MseStat::t_offset], stat[MseStat::mean]};
         inv_classes = stat[MseStat::inv_classes];
       }
       factor = p.gradient_factor(given, inv_classes);
     }
     template <class H>
-    __device__ __forceinline__ void student(const Parameters& p, const H& s, const H& t, float (&gradient)[H::width]) const {
+    __device__ __forceinline__ void student(const Parameters& p, const H& s, const H& t, int,
+                                            float (&gradient)[H::width]) const {
       write(p, s, t, factor, gradient);
     }
     template <class H>
-    __device__ __forceinline__ void teacher(const Parameters& p, const H& s, const H& t, float (&gradient)[H::width]) const {
+    __device__ __forceinline__ void teacher(const Parameters& p, const H& s, const H& t, int,
+                                            float (&gradient)[H::width]) const {
       write(p, s, t, -factor, gradient);
     }
 
@@ -209,6 +218,128 @@ struct Plain : LogitDifference<Element> {
   }
 };
 
+// Around the mean: the row is held until that is known.
+struct Centred : LogitDifference<Square<float>> {
+  static constexpr int kHeld = 4, kBlocks = 1;
+
+  struct Shared {
+    float size[kMostWarps][2], sums[2][kMostWarps][2], total[kMostWarps][1];
+  };
+
+  template <class H, bool wants_gradient>
+  struct Held {
+    H s[kHeld], t[kHeld];
+
+    template <class GradientOf, class FactorOf, class Beside = Nothing>
+    __device__ __forceinline__ Partial reduce(const Parameters& p, const Team& team, const RowSpan& span, const Slice& slice,
+                                              const void* student, const void* teacher, GradientOf, FactorOf, Shared& shared,
+                                              Beside beside = {}) {
+      Reader<H>(student, p.args.student.dtype, span, slice, nothing<H>()).next(s, slice.count);
+      Reader<H>(teacher, p.args.teacher.dtype, span, slice, nothing<H>()).next(t, slice.count);
+      beside();
+      Partial partial{};
+      partial.count = 1;
+      if (p.args.center || p.args.per_class) find_mean(team, slice, partial, shared);
+      float total[1] = {0};
+      for_each(slice, [&](int, float sk, float tk) { total[0] += counts(sk, tk) ? p.element.value(partial.d(sk, tk)) : 0.f; });
+      cuda::reduce<Sum>(team, total, shared.total);
+      partial.total = total[0];
+      return partial;
+    }
+
+    // mix(number of a vector, its gradient): what becomes of that before it is written
+    template <class Mix = Nothing>
+    __device__ __forceinline__ void write_gradient(const Parameters& p, const RowSpan& span, const Slice& slice, const Row& row,
+                                                   const GradientRow& gradient, float factor, Mix mix = {}) const {
+      factor = p.gradient_factor(factor, row.inv_classes);
+      Writer<H> write(gradient, span, slice);
+#pragma unroll
+      for (int v = 0; v < kHeld; ++v) {
+        if (v >= slice.count) break;
+        const H student = still_packed(s[v]), teacher = still_packed(t[v]);
+        float g[H::width];
+#pragma unroll
+        for (int i = 0; i < H::width; ++i)
+          g[i] = counts(student[i], teacher[i]) ? p.element.slope(row.d(student[i], teacher[i])) * factor : 0.f;
+        mix(v, g);
+        write.next(g);
+      }
+    }
+
+   private:
+    __device__ __forceinline__ void find_mean(const Team& team, const Slice& slice, Partial& partial, Shared& shared) const {
+      float size[2] = {0, 0};
+      for_each(slice, [&](int, float sk, float tk) {
+        size[0] = finite_larger(size[0], sk);
+        size[1] = finite_larger(size[1], tk);
+      });
+      cuda::reduce<Max>(team, size, shared.size);
+      // The mean, and the offset that most of it becomes; then the mean of what is left.
+#pragma unroll 1
+      for (int pass = 0; pass < 2; ++pass) {
+        float sums[2] = {0, 0};
+        for_each(slice, [&](int, float sk, float tk) {
+          sums[0] += to_mean(partial.d(sk, tk), sk, tk);
+          sums[1] += counts(sk, tk) ? 1.f : 0.f;
+        });
+        cuda::reduce<Sum>(team, sums, shared.sums[pass]);
+        const float left = sums[0] / fmaxf(sums[1], 1);
+        partial.d.mean += left;
+        partial.count = sums[1];
+        if (pass == 0) {
+          const bool on_student = size[0] >= size[1];
+          const float offset = math::row_offset(left, on_student ? size[0] : size[1]);
+          partial.d.s_offset = on_student ? offset : 0.f;
+          partial.d.t_offset = on_student ? 0.f : -offset;
+          partial.d.mean -= offset;
+        }
+      }
+    }
+    // f(place in its vector, student's logit, teacher's logit)
+    template <class F>
+    __device__ __forceinline__ void for_each(const Slice& slice, F f) const {
+#pragma unroll
+      for (int v = 0; v < kHeld; ++v) {
+        if (v >= slice.count) break;
+        const H student = still_packed(s[v]), teacher = still_packed(t[v]);
+#pragma unroll
+        for (int i = 0; i < H::width; ++i) f(i, student[i], teacher[i]);
+      }
+    }
+  };
+
+  template <class Read>
+  static __device__ __forceinline__ Row merge(const Parameters&, int slices, Read read, int, int lane) {
+    Row row{read(0).d, 0, 0};  // its offsets serve for all slices: their means are brought to them
+    const auto mean_of = [&](const Partial& from) { return from.d.mean + from.d.from(row.d); };
+    float count = 0, weighted = 0, total = 0;
+    for (int i = lane; i < slices; i += 32) {
+      const Partial from = read(i);
+      count += from.count;
+      weighted += from.count == 0 ? 0.f : from.count * mean_of(from);
+      total += from.total;
+    }
+    count = reduce_warp(count, Sum());
+    total = reduce_warp(total, Sum());
+    // Once more around the mean, as for a slice.
+    float mean = reduce_warp(weighted, Sum()) / count, rest = 0, apart = 0;
+    for (int i = lane; i < slices; i += 32) {
+      const Partial from = read(i);
+      rest += from.count == 0 ? 0.f : from.count * (mean_of(from) - mean);
+    }
+    mean += reduce_warp(rest, Sum()) / count;
+    for (int i = lane; i < slices; i += 32) {
+      const Partial from = read(i);
+      const float distance = mean_of(from) - mean;
+      apart += from.count == 0 ? 0.f : from.count * distance * distance;
+    }
+    row.d.mean = mean;
+    row.inv_classes = 1 / count;
+    row.total = total + reduce_warp(apart, Sum());
+    return row;
+  }
+};
+
 // ---- one block a row, which is read from memory once for each pass: simple, not fast. For float64; and for the sums around
 // the mean of what has no rule to move them to another mean, so that slices of a row cannot be merged.
 // -----------------------------------------------------------------------
@@ -227,7 +358,11 @@ struct PassedRow {
   const Args& args;
   const Element element;
   const void *student, *teacher;
+  static constexpr int kStats = Stat::count;
   F stat[Stat::count] = {};
+  struct Shared {
+    F sizes[kMostWarps][2], sums[2][kMostWarps][3], totals[kMostWarps][2];
+  };
 
   __device__ PassedRow(const Args& args, int64_t row) : args(args), element(args) {
     student = static_cast<const char*>(args.student.data) + args.student.rows.offset(row) * size_of(args.student.dtype);
@@ -257,7 +392,7 @@ struct PassedRow {
       size[0] = finite_larger(size[0], s(k));
       size[1] = finite_larger(size[1], t(k));
     }
-    reduce<Max>(team, size, sizes);
+    cuda::reduce<Max>(team, size, sizes);
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
       F sums[3] = {0, 0, 0};
@@ -267,7 +402,7 @@ struct PassedRow {
         sums[1] += counts(sk, tk);
         sums[2] += fabs(dk) == F(INFINITY);
       }
-      reduce<Sum>(team, sums, shared[pass]);
+      cuda::reduce<Sum>(team, sums, shared[pass]);
       if (Element::kMeanSlope && sums[2] > 0) {  // infinite: around 0 so is the loss, and the slopes are those of its lines
         stat[Stat::inv_classes] = 1 / sums[1];
         return;
@@ -285,14 +420,33 @@ struct PassedRow {
     }
   }
 
-  __device__ void gradients(const Team& team, const Task& task, int64_t row, F weight) const {
+  // The statistics; returns the sum of the values.
+  __device__ __forceinline__ F reduce(const Team& team, Shared& shared) {
+    if (args.center || args.per_class) find_mean(team, shared.sizes, shared.sums);
+    F total[2] = {0, 0};
+    for_each(team, [&](int64_t, F value, F slope) {
+      total[0] += value;
+      total[1] += slope;
+    });
+    cuda::reduce<Sum>(team, total, shared.totals);
+    if constexpr (Element::kMeanSlope)
+      if (args.center) stat[Stat::slope] = total[1] * stat[Stat::inv_classes];
+    return total[0] * element.value_factor;
+  }
+
+  // mix(class, student's logit, gradient): what becomes of a student's gradient
+  template <class Mix>
+  __device__ __forceinline__ void gradients(const Team& team, const Task& task, int64_t row, F weight, Mix mix,
+                                            bool alone = false) const {
     const F factor = element.slope_factor * args.grad_loss.at(row, F(1)) * F(args.grad_scale) * weight /
                      task.divisor.at(0, F(task.number)) * scale();
     for_each(team, [&](int64_t k, F, F slope) {
       if (args.grad_student.data)
-        store_one(args.grad_student.data, args.grad_student.dtype, args.grad_student.rows.offset(row) + k, slope * factor);
+        store_one(args.grad_student.data, args.grad_student.dtype, args.grad_student.rows.offset(row) + k,
+                  mix(k, s(k), slope * factor));
       if (args.grad_teacher.data)
-        store_one(args.grad_teacher.data, args.grad_teacher.dtype, args.grad_teacher.rows.offset(row) + k, slope * -factor);
+        store_one(args.grad_teacher.data, args.grad_teacher.dtype, args.grad_teacher.rows.offset(row) + k,
+                  alone ? F(0) : slope * -factor);
     });
   }
 };
@@ -301,24 +455,15 @@ template <template <class> class ElementOf, class F>
 __global__ void __launch_bounds__(256, 1)
     passes_forward_kernel(const __grid_constant__ typename ElementOf<F>::Args args, const __grid_constant__ Task task) {
   using Row = PassedRow<ElementOf, F>;
-  __shared__ F sizes[kMostWarps][2], sums[2][kMostWarps][3], totals[kMostWarps][2];
+  __shared__ typename Row::Shared shared;
   const Team team(task.plan);
   const int64_t r = blockIdx.x;
   const F weight = args.weight.at(r, F(1));
   Row row(args, r);
   F loss = 0;
   if (weight != 0) {
-    if (args.center || args.per_class) row.find_mean(team, sizes, sums);
-    F total[2] = {0, 0};
-    row.for_each(team, [&](int64_t, F value, F slope) {
-      total[0] += value;
-      total[1] += slope;
-    });
-    reduce<Sum>(team, total, totals);
-    if constexpr (Row::Element::kMeanSlope)
-      if (args.center) row.stat[Row::Stat::slope] = total[1] * row.stat[Row::Stat::inv_classes];
-    loss = total[0] * row.element.value_factor * row.scale() * weight;
-    if (args.grad_student.data) row.gradients(team, task, r, weight);
+    loss = row.reduce(team, shared) * row.scale() * weight;
+    if (args.grad_student.data) row.gradients(team, task, r, weight, [](int64_t, F, F gradient) { return gradient; });
   }
   if (team.leads()) {
     static_cast<F*>(args.row_loss)[r] = loss;
@@ -327,7 +472,7 @@ __global__ void __launch_bounds__(256, 1)
       for (int i = 0; i < Row::Stat::count; ++i) static_cast<F*>(args.row_stats)[r * Row::Stat::count + i] = row.stat[i];
   }
   zero_wide(team, args.grad_student, r, weight == 0 ? 0 : args.classes);
-  finish<F>(task, args.row_loss, args.rows);
+  finish<F>(task, args);
 }
 
 template <template <class> class ElementOf, class F>
@@ -342,7 +487,7 @@ __global__ void __launch_bounds__(256, 1)
     if (args.row_stats)
 #pragma unroll
       for (int i = 0; i < Row::Stat::count; ++i) row.stat[i] = static_cast<const F*>(args.row_stats)[r * Row::Stat::count + i];
-    row.gradients(team, task, r, weight);
+    row.gradients(team, task, r, weight, [](int64_t, F, F gradient) { return gradient; });
   }
   zero_wide(team, args.grad_student, r, weight == 0 ? 0 : args.classes);
   zero_wide(team, args.grad_teacher, r, weight == 0 ? 0 : args.classes);

@@ -116,6 +116,7 @@ Workspace::Workspace(void* base, size_t row_loss_size, size_t row_stats_size, si
     return taken;
   };
   divisor = reinterpret_cast<double*>(take(sizeof(double)));
+  hard_divisor = reinterpret_cast<double*>(take(sizeof(double)));
   ticket = reinterpret_cast<unsigned*>(take(sizeof(unsigned)));
   row_loss = take(row_loss_size);
   row_stats = reinterpret_cast<float*>(take(row_stats_size));
@@ -166,23 +167,28 @@ void launch(const void* kernel, const Plan& plan, cudaStream_t stream, void** ar
 
 namespace {
 
-__global__ void __launch_bounds__(kMostThreads)
-    divisor_kernel(Numbers weight, Numbers divisor, double per_weight, int64_t rows, double* out) {
+__global__ void __launch_bounds__(kMostThreads) divisor_kernel(Numbers weight, Numbers divisor, double per_weight, int64_t rows,
+                                                               Numbers target, int64_t ignored, double* out) {
   __shared__ double shared[kMostWarps][1];
   Plan block;
   block.team = blockDim.x;
   double total[1] = {0};
-  for (int64_t r = threadIdx.x; r < rows; r += blockDim.x) total[0] += weight.at(r, 1.0);
+  for (int64_t r = threadIdx.x; r < rows; r += blockDim.x) {
+    if (target.data == nullptr || target.at(r, int64_t(0)) != ignored) total[0] += weight.at(r, 1.0);
+  }
   reduce<Sum>(Team(block), total, shared);
   if (threadIdx.x == 0) *out = divisor.at(0, 1.0) * (total[0] == 0 ? 1.0 : total[0] * per_weight);
 }
 
 __global__ void sum_nothing_kernel(Task task, bool wide) {
   const double loss = 0 / task.divisor.at(0, task.number);
-  if (wide)
-    *static_cast<double*>(task.loss) = loss;
-  else
-    *static_cast<float*>(task.loss) = float(loss);
+  for (void* out : {task.loss, task.hard, task.soft}) {
+    if (out == nullptr) continue;
+    if (wide)
+      *static_cast<double*>(out) = loss;
+    else
+      *static_cast<float*>(out) = float(loss);
+  }
 }
 
 // Numbers go by 128 bits from the first boundary on.
@@ -218,21 +224,31 @@ __global__ void __launch_bounds__(256) scale_wide_kernel(double* out, const doub
 
 }  // namespace
 
-Numbers resolve_divisor(const Call& call, const Numbers& weight, int64_t rows, double* in_workspace) {
-  if (call.times_weights == 0) return call.divisor;
+namespace {
+Numbers sum_weights(const Call& call, const Numbers& divisor, double per_weight, const Numbers& weight, int64_t rows,
+                    const Numbers& target, int64_t ignored, double* in_workspace) {
   Plan plan;
   plan.threads = kMostThreads;
   plan.blocks = 1;
-  Numbers given[] = {weight, call.divisor};
-  double per_weight = call.times_weights * call.number;
-  void* arguments[] = {&given[0], &given[1], &per_weight, &rows, &in_workspace};
+  Numbers given[] = {weight, divisor, target};
+  void* arguments[] = {&given[0], &given[1], &per_weight, &rows, &given[2], &ignored, &in_workspace};
   launch((const void*)divisor_kernel, plan, static_cast<cudaStream_t>(call.stream), arguments, "the sum of row weights", rows,
          1);
-  Numbers divisor;
-  divisor.data = in_workspace;
-  divisor.type = NumberType::f64;
-  divisor.stride = 0;
-  return divisor;
+  Numbers sum;
+  sum.data = in_workspace;
+  sum.type = NumberType::f64;
+  sum.stride = 0;
+  return sum;
+}
+}  // namespace
+
+Numbers resolve_divisor(const Call& call, const Numbers& weight, int64_t rows, double* in_workspace) {
+  if (call.times_weights == 0) return call.divisor;
+  return sum_weights(call, call.divisor, call.times_weights * call.number, weight, rows, Numbers(), 0, in_workspace);
+}
+Numbers resolve_hard_divisor(const Call& call, const KdLossArgs& args, double* in_workspace) {
+  if (!call.hard_by_rows) return call.hard_divisor;
+  return sum_weights(call, Numbers(), 1, args.weight, args.rows, args.target, args.ignore_index, in_workspace);
 }
 
 void sum_nothing(const Task& task, bool wide, cudaStream_t stream) {

@@ -21,6 +21,12 @@ constexpr int kMostThreads = 512;  // of a block: 128 registers each
 constexpr int kMostWarps = kMostThreads / 32;
 constexpr int kMostCluster = 16;
 
+// The loss of kd_loss, of its parts: one whose share is 0 does not enter, whatever it is.
+template <class F>
+__device__ __forceinline__ F mixed(F alpha, F hard, F soft) {
+  return alpha == 0 ? hard : alpha == 1 ? soft : (1 - alpha) * hard + alpha * soft;
+}
+
 struct Plan {
   int team = 1;     // threads of a block that share a row: a power of two up to 32, or all of them
   int teams = 1;    // of a block
@@ -45,7 +51,7 @@ int64_t vectors_of_row(const Logits& student, int64_t classes, int width);
 
 // Memory of a call, carved from its workspace.
 struct Workspace {
-  double* divisor;
+  double *divisor, *hard_divisor;
   unsigned* ticket;
   void* row_loss;
   float* row_stats;
@@ -62,6 +68,8 @@ struct Task;
 unsigned* zeroed_ticket(cudaStream_t stream, unsigned* in_workspace);
 // Sums the row weights for call.times_weights and returns the resulting divisor, a number in device memory.
 Numbers resolve_divisor(const Call& call, const Numbers& weight, int64_t rows, double* in_workspace);
+// The same for the hard part of kd_loss: the weights of the rows that are not ignored.
+Numbers resolve_hard_divisor(const Call& call, const KdLossArgs& args, double* in_workspace);
 
 // The loss of no rows: 0 over the divisor.
 void sum_nothing(const Task& task, bool wide, cudaStream_t stream);
@@ -502,6 +510,12 @@ struct Writer : Cursor {
   }
 };
 
+// Where a loss has no other part beside it.
+struct Nothing {
+  template <class... Given>
+  __device__ __forceinline__ void operator()(const Given&...) const {}
+};
+
 // ---- the blocks of a cluster
 // ---------------------------------------------------------------------------------------------------
 
@@ -537,38 +551,80 @@ struct Task {
   void* loss;        // the reduced loss; nullptr: not wanted
   unsigned* ticket;  // zero, and zero again afterwards
   float* partials;   // of slices that no cluster merges
+
+  // Of kd_loss, whose soft part has the divisor above.
+  void *hard = nullptr, *soft = nullptr;  // the reduced parts
+  Numbers hard_divisor;
+  double hard_number = 1;
 };
 
-// Sums the row losses once every block has written its own: the last one to arrive does, in an order that does not depend on
-// which it is.
-template <class F>
-__device__ __forceinline__ void finish(const Task& task, const void* row_loss, int64_t rows) {
-  if (task.loss == nullptr) return;
+// Whether this block is the last to arrive here: every other's row losses are written then.
+inline __device__ bool arrives_last(const Task& task) {
   __shared__ bool last;
-  __shared__ double shared[kMostWarps][1];
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) last = atomicAdd(task.ticket, 1u) == gridDim.x - 1;
   __syncthreads();
-  if (!last) return;
-  __threadfence();
+  if (last) __threadfence();
+  return last;
+}
+template <class F>
+__device__ __forceinline__ double sum_rows(const void* values, int64_t rows, double (&shared)[kMostWarps][1]) {
   double total[1] = {0};
-  for (int64_t r = threadIdx.x; r < rows; r += blockDim.x) total[0] += __ldcg(static_cast<const F*>(row_loss) + r);
+  for (int64_t r = threadIdx.x; r < rows; r += blockDim.x) total[0] += __ldcg(static_cast<const F*>(values) + r);
   Plan block;
   block.team = blockDim.x;
   reduce<Sum>(Team(block), total, shared);
+  return total[0];
+}
+
+// Sums the row losses once every block has written its own: the last one to arrive does, in an order that does not depend on
+// which it is.
+template <class F, class Args>
+__device__ __forceinline__ void finish(const Task& task, const Args& args) {
+  if (task.loss == nullptr || !arrives_last(task)) return;
+  __shared__ double shared[kMostWarps][1];
+  const double total = sum_rows<F>(args.row_loss, args.rows, shared);
   if (threadIdx.x == 0) {
-    *static_cast<F*>(task.loss) = F(total[0] / task.divisor.at(0, task.number));
+    *static_cast<F*>(task.loss) = F(total / task.divisor.at(0, task.number));
+    *task.ticket = 0;
+  }
+}
+template <class F>
+__device__ __forceinline__ void finish(const Task& task, const KdLossArgs& args) {
+  if (task.loss == nullptr || !arrives_last(task)) return;
+  __shared__ double shared[2][kMostWarps][1];
+  const double hard_total = sum_rows<F>(args.row_hard, args.rows, shared[0]),
+               soft_total = sum_rows<F>(args.row_soft, args.rows, shared[1]);
+  if (threadIdx.x == 0) {
+    const double hard = hard_total / task.hard_divisor.at(0, task.hard_number),
+                 soft = soft_total / task.divisor.at(0, task.number);
+    *static_cast<F*>(task.loss) = F(mixed(args.alpha, hard, soft));
+    *static_cast<F*>(task.hard) = F(hard);
+    *static_cast<F*>(task.soft) = F(soft);
     *task.ticket = 0;
   }
 }
 
 // A loss L has: kHeld, the vectors of a row that a thread takes; kBlocks, of the largest size, that a multiprocessor is to
-// hold; Parameters, with `args` in it; Partial, the numbers of a slice, and Row, those of a row, all floats;
+// hold; kStats; Parameters, with `args` in it; Partial, the numbers of a slice, and Row, those of a row, all floats;
 //   Held<H, wants_gradient>  a slice in registers: reduce() makes its Partial, write_gradient() needs the Row
-//   row_of(parameters, partial)                  the Row of a single slice
+//   row_of(parameters, partial)                  the Row of a single slice; of a loss that keeps numbers in shared memory
+//                                                meanwhile, row_of(parameters, partial, team, shared)
 //   merge(parameters, slices, read, own, lane)   the Row of several, by a warp: read(i) is the Partial of slice i, `own` this
-//   block's finish_row(parameters, row, weight, index)   writes loss and statistics
+//                                                block's
+//   write_loss(parameters, row, weight, index)
+//   store_stats(row, to)                         kStats numbers
+template <class L, bool with_stats>
+__device__ __forceinline__ void finish_row(const typename L::Parameters& parameters, const typename L::Row& row, float weight,
+                                           int64_t index) {
+  L::write_loss(parameters, row, weight, index);
+  if constexpr (with_stats)
+    if (parameters.args.row_stats != nullptr)
+      L::store_stats(row, static_cast<float*>(parameters.args.row_stats) + index * L::kStats);
+}
+
+// Leaves statistics, or the gradient.
 template <class L, class H, bool wants_gradient>
 __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
     forward_kernel(const __grid_constant__ typename L::Parameters parameters, const __grid_constant__ Task task) {
@@ -594,15 +650,21 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
     const RowSpan span(H::width, student, args.student.dtype, teacher, args.teacher.dtype, args.classes);
     const Slice slice(team, plan, span, slice_index);
     const auto gradient_of = [&] { return GradientRow(args.grad_student, index, span); };
-    const auto factor_of = [&] {
-      return args.grad_loss.at(index, 1.f) * float(args.grad_scale) * weight / task.divisor.at(0, float(task.number));
+    const auto factor_of = [&] {  // reads the weight again rather than keep it: registers are scarce
+      return args.grad_loss.at(index, 1.f) * float(args.grad_scale) * args.weight.at(index, 1.f) /
+             task.divisor.at(0, float(task.number));
     };
 
     typename L::template Held<H, wants_gradient> held;
+    if constexpr (requires { held.begin_row(task); }) held.begin_row(task);
     const Partial partial = held.reduce(parameters, team, span, slice, student, teacher, gradient_of, factor_of, shared);
     Row row;
     if (plan.slices == 1) {
-      row = L::row_of(parameters, partial);
+      if constexpr (requires { L::row_of(parameters, partial, team, shared); })
+        row = L::row_of(parameters, partial, team, shared);
+      else
+        row = L::row_of(parameters, partial);
+      if (team.leads()) finish_row<L, !wants_gradient>(parameters, row, weight, index);
     } else if (plan.cluster) {
       if (threadIdx.x == 0) own = partial;
       cluster_arrive();
@@ -615,7 +677,10 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
           return p;
         };
         const Row r = L::merge(parameters, plan.slices, read, slice_index, int(threadIdx.x));
-        if (threadIdx.x == 0) merged = r;
+        if (threadIdx.x == 0) {
+          merged = r;
+          if (slice_index == 0) finish_row<L, !wants_gradient>(parameters, r, weight, index);
+        }
       }
       __syncthreads();
       cluster_arrive();  // this block has read the others' numbers; theirs must not leave before all have
@@ -624,7 +689,6 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
       if (threadIdx.x == 0) reinterpret_cast<Partial*>(task.partials)[blockIdx.x] = partial;
       return;
     }
-    if (slice_index == 0 && team.leads()) L::finish_row(parameters, row, weight, index);
     if constexpr (wants_gradient) {
       const GradientRow gradient = gradient_of();
       held.write_gradient(parameters, span, slice, row, gradient, factor_of());
@@ -636,11 +700,11 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
       const void* row = args.student.data;
       const RowSpan span(H::width, row, args.student.dtype, row, args.student.dtype, args.classes);
       if constexpr (wants_gradient) GradientRow(args.grad_student, index, span).zero(team, 0);
-      if (team.leads() && (plan.slices == 1 || plan.cluster)) L::finish_row(parameters, Row{}, weight, index);
+      if (team.leads() && (plan.slices == 1 || plan.cluster)) finish_row<L, !wants_gradient>(parameters, Row{}, weight, index);
     }
     if (plan.slices > 1 && !plan.cluster) return;
   }
-  finish<float>(task, args.row_loss, args.rows);
+  finish<float>(task, args);
 }
 
 // The rows' slices from the workspace, a warp a row.
@@ -657,9 +721,9 @@ __global__ void __launch_bounds__(128)
       const auto read = [&](int i) { return reinterpret_cast<const typename L::Partial*>(task.partials)[index * slices + i]; };
       row = L::merge(parameters, slices, read, -1, lane);
     }
-    if (lane == 0) L::finish_row(parameters, row, weight, index);
+    if (lane == 0) finish_row<L, true>(parameters, row, weight, index);
   }
-  finish<float>(task, args.row_loss, args.rows);
+  finish<float>(task, args);
 }
 
 // Gradients from what the forward left of a row: L::Backward computes those of a vector.
@@ -691,7 +755,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     grad_teacher.zero(team, args.classes);
   }
   const float factor = args.grad_loss.at(index, 1.f) * float(args.grad_scale) * weight / task.divisor.at(0, float(task.number));
-  const typename L::Backward backward(parameters, index, factor);
+  const typename L::Backward backward(parameters, task, index, factor);
   const Slice slice(team, plan, span, slice_index);
   Reader<H> read_student(student, args.student.dtype, span, slice, nothing<H>()),
       read_teacher(teacher, args.teacher.dtype, span, slice, nothing<H>());
@@ -699,15 +763,16 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 #pragma unroll 1
   for (int i = 0; i < slice.count; ++i) {
     H s[1], t[1];
+    const int first = read_student.vector * H::width - span.phase;
     read_student.next(s, 1);
     read_teacher.next(t, 1);
     float gradient[H::width];
     if (grad_teacher) {
-      backward.teacher(parameters, s[0], t[0], gradient);
+      backward.teacher(parameters, s[0], t[0], first, gradient);
       write_teacher.next(gradient);
     }
     if (grad_student) {
-      backward.student(parameters, s[0], t[0], gradient);
+      backward.student(parameters, s[0], t[0], first, gradient);
       write_student.next(gradient);
     }
   }
@@ -727,6 +792,21 @@ inline int vector_width(DType student, DType teacher) {
 }
 
 template <class L>
+inline constexpr bool kHasParts = __is_same(typename L::Args, KdLossArgs);
+
+// What a kernel that reads a row once for each pass is given.
+template <class L, bool parts = kHasParts<L>>
+struct PassesArgsOf {
+  using type = typename L::Args;
+};
+template <class L>
+struct PassesArgsOf<L, true> {
+  using type = typename L::Parameters;
+};
+template <class L>
+using PassesArgs = typename PassesArgsOf<L>::type;
+
+template <class L>
 Plan plan_of(const typename L::Args& args) {
   if (by_passes<L>(args)) {
     Plan plan;
@@ -741,12 +821,22 @@ Plan plan_of(const typename L::Args& args) {
 template <class L>
 Workspace workspace_of(const typename L::Args& args, const Plan& plan, void* base, int stats) {
   const bool wide = is_wide(args.student.dtype, args.teacher.dtype), apart = plan.slices > 1 && !plan.cluster;
-  return Workspace(base, args.rows * (wide ? 8 : 4), apart ? args.rows * stats * 4 : 0,
+  return Workspace(base, args.rows * (wide ? 8 : 4) * (kHasParts<L> ? 2 : 1), apart ? args.rows * stats * 4 : 0,
                    apart ? args.rows * plan.slices * sizeof(typename L::Partial) : 0);
 }
 template <class L>
 size_t workspace_bytes(const typename L::Args& args, int stats) {
   return workspace_of<L>(args, plan_of<L>(args), nullptr, stats).bytes;
+}
+
+template <class L>
+void set_parts(Task& task, const typename L::Args& args, const Call& call, const Workspace& memory) {
+  if constexpr (kHasParts<L>) {
+    task.hard = call.hard;
+    task.soft = call.soft;
+    task.hard_divisor = resolve_hard_divisor(call, args, memory.hard_divisor);
+    task.hard_number = call.hard_number;
+  }
 }
 
 // The kernel's instance for how logits of these dtypes are held.
@@ -761,16 +851,17 @@ size_t workspace_bytes(const typename L::Args& args, int stats) {
 
 template <class L>
 void run_backward(const typename L::Args& args, const Call& call, int stats, const char* name,
-                  void (*passes_kernel)(typename L::Args, Task)) {
+                  void (*passes_kernel)(PassesArgs<L>, Task)) {
   if (args.rows == 0) return;
   const cudaStream_t stream = static_cast<cudaStream_t>(call.stream);
   Plan plan = plan_of<L>(args);
   const Workspace memory = workspace_of<L>(args, plan, call.workspace, stats);
   plan.cluster = false;
   Task task{plan, resolve_divisor(call, args.weight, args.rows, memory.divisor), call.number, nullptr, nullptr, nullptr};
+  set_parts<L>(task, args, call, memory);
   if (by_passes<L>(args)) {
-    typename L::Args copy = args;
-    void* arguments[] = {&copy, &task};
+    PassesArgs<L> given(args);
+    void* arguments[] = {&given, &task};
     return launch((const void*)passes_kernel, plan, stream, arguments, name, args.rows, args.classes);
   }
   if constexpr (L::kHeld > 0) {
@@ -781,21 +872,30 @@ void run_backward(const typename L::Args& args, const Call& call, int stats, con
 }
 
 template <class L>
-void run_forward(const typename L::Args& given, const Call& call, int stats, const char* name,
-                 void (*passes_kernel)(typename L::Args, Task)) {
-  typename L::Args args = given;
+void run_forward(const typename L::Args& caller, const Call& call, int stats, const char* name,
+                 void (*passes_kernel)(PassesArgs<L>, Task)) {
+  typename L::Args args = caller;
   const cudaStream_t stream = static_cast<cudaStream_t>(call.stream);
   Plan plan = plan_of<L>(args);
   const Workspace memory = workspace_of<L>(args, plan, call.workspace, stats);
   const bool wide = is_wide(args.student.dtype, args.teacher.dtype), apart = plan.slices > 1 && !plan.cluster;
   const bool wants_gradient = args.grad_student.data != nullptr;
-  if (args.row_loss == nullptr) args.row_loss = memory.row_loss;
+  if constexpr (kHasParts<L>) {
+    if (args.row_soft == nullptr) {
+      args.row_soft = memory.row_loss;
+      args.row_hard = static_cast<char*>(memory.row_loss) + args.rows * (wide ? 8 : 4);
+    }
+  } else if (args.row_loss == nullptr) {
+    args.row_loss = memory.row_loss;
+  }
   Task task{plan,           resolve_divisor(call, args.weight, args.rows, memory.divisor), call.number, call.loss, nullptr,
             memory.partials};
+  set_parts<L>(task, args, call, memory);
   if (args.rows == 0) return sum_nothing(task, wide, stream);
   if (call.loss) task.ticket = zeroed_ticket(stream, memory.ticket);
   if (by_passes<L>(args)) {
-    void* arguments[] = {&args, &task};
+    PassesArgs<L> given(args);
+    void* arguments[] = {&given, &task};
     return launch((const void*)passes_kernel, plan, stream, arguments, name, args.rows, args.classes);
   }
   if constexpr (L::kHeld > 0) {
