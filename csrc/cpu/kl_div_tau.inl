@@ -1,8 +1,8 @@
 // softmax-KL at temperature tau on the CPU. Reads the student's and the teacher's logits; writes a loss and KlStat numbers a
 // row, and the gradients. kl_math.h has the formulas and the names.
 //
-// Forward goes over a row twice, and once more for the gradient; the row is in cache from the first pass on, and the pass that
-// has the most arithmetic fetches the next row. For the gradient the exponentials are kept in a scratch row, not computed
+// Forward goes over a row twice, and once more for the gradient; the row is in cache before the first pass, since the passes of
+// the row before it fetch it. For the gradient the exponentials are kept in a scratch row, not computed
 // again.
 
 namespace kdfast::cpu::KDFAST_ISA {
@@ -42,10 +42,9 @@ struct KlRow {
   // Every |x| is at most kNarrow, no class masked, no w below 2^-kShortExp2Limit: then e^x comes from the series, and the
   // student's exponentials are not needed.
   bool narrow = false;
-  // In a narrow row the constants under w and x are folded into one multiply-add each, whose rounding is the same for every
-  // class: w is 2^w_excess of what it should be, x is x_excess more. The sums do not show it; the numbers that leave the row
-  // do.
-  F folded_t_max = 0, folded_centre = 0, w_excess = 0, x_excess = 0;
+  // In a narrow row the constants under w are folded into one multiply-add, whose rounding is the same for every class: w is
+  // 2^w_excess of what it should be. The row's ratios do not show it; the numbers that leave the row do.
+  F folded_t_max = 0, w_excess = 0;
   bool infinite = false;  // the student is at -inf where the teacher is not, be the mass there too small for a float
 
   KlRow() = default;
@@ -75,12 +74,13 @@ struct KlRow {
     return ((s - t) - stat[KlStat::centre]) * k.inv_tau;
   }
 
-  // The pass for the maxima, and what follows from them.
-  void find_reference() {
+  // The pass for the maxima, and what follows from them. Fetches another row's teacher.
+  void find_reference(const T* next_teacher) {
     V s_max = splat<V>(-inf), t_max = s_max, s_at_t_max = s_max, t_min = splat<V>(inf), d_max = s_max, d_min = t_min;
     // (What fills the last vector changes no extremum.)
     const F s_first = load<V>(student, First{1}, 0)[0], t_first = load<V>(teacher, First{1}, 0)[0];
     for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
+      __builtin_prefetch(next_teacher + i, 0, 2);
       const V s = student_logits(i, lanes, s_first), t = teacher_logits(i, lanes, t_first), d = s - t;
       s_at_t_max = t > t_max ? s : s_at_t_max;
       t_max = vmax(t, t_max);
@@ -113,10 +113,7 @@ struct KlRow {
   void fold_constants() {
     const F t_max = stat[KlStat::t_max];
     folded_t_max = t_max * k.teacher_log2;
-    folded_centre = stat[KlStat::centre] * k.inv_tau;
-    if (!kFused) return;
-    w_excess = __builtin_fma(t_max, k.teacher_log2, -folded_t_max);
-    x_excess = __builtin_fma(stat[KlStat::centre], k.inv_tau, -folded_centre);
+    if (kFused) w_excess = F(__builtin_fma(t_max, k.teacher_log2, -folded_t_max));
   }
 
   // A row with classes at -inf: the teacher's largest finite magnitude, and whether the student has one where the teacher has
@@ -135,7 +132,7 @@ struct KlRow {
   struct NarrowWeights {
     const S* student;
     const T* teacher;
-    F teacher_log2, inv_tau, t_max, folded_t_max, s_offset, t_offset, centre, folded_centre;
+    F teacher_log2, inv_tau, t_max, folded_t_max, s_offset, t_offset, centre;
     bool shifted;
 
     explicit NarrowWeights(const KlRow& row)
@@ -148,7 +145,6 @@ struct KlRow {
           s_offset(row.stat[KlStat::s_offset]),
           t_offset(row.stat[KlStat::t_offset]),
           centre(row.stat[KlStat::centre]),
-          folded_centre(row.folded_centre),
           shifted(!kSixteenBits && (s_offset != 0 || t_offset != 0)) {}
 
     template <class Lanes>
@@ -159,7 +155,7 @@ struct KlRow {
         if (shifted) d = (s - s_offset) - (t - t_offset);
         w = short_exp2(kFused ? multiply_subtract(t, teacher_log2, folded_t_max) : (t - t_max) * teacher_log2);
         w = only(lanes, w);
-        x = only(lanes, kFused ? multiply_subtract(d, inv_tau, folded_centre) : (d - centre) * inv_tau);
+        x = only(lanes, (d - centre) * inv_tau);
       }
     }
     // w, and u = w (e^x - 1) from the series.
@@ -175,14 +171,13 @@ struct KlRow {
 
   // sum_row of a narrow row: leaves w and u.
   template <bool keep, class Hard>
-  void sum_narrow_row(F* kept_w, F* kept_u, F* kept_e, Hard& hard, const S* next_student, const T* next_teacher) {
+  void sum_narrow_row(F* kept_w, F* kept_u, F* kept_e, Hard& hard, const S* next_student) {
     typename Hard::Sums hard_sums;
     const NarrowWeights weights(*this);
-    const F exp_back = math::exp(-rest) * (1 - x_excess - w_excess * ln_2);  // v = w e^x e^-rest
+    const F exp_back = math::exp(-rest) * (1 - w_excess * ln_2);  // v = w e^x e^-rest
     Sum<V> sum_w, sum_wx, sum_w_phi;
     const auto add = [&](int64_t i, auto lanes) {
       __builtin_prefetch(next_student + i, 0, 2);
-      __builtin_prefetch(next_teacher + i, 0, 2);
       V w, u, wx, w_phi;
       weights(i, lanes, w, u, wx, w_phi);
       sum_w += w;
@@ -205,13 +200,12 @@ struct KlRow {
   // The pass for the sums, the hard part's too. Leaves w, v and the hard part's exponentials in scratch rows where `keep`, and
   // fetches another row.
   template <bool keep, class Hard>
-  void sum_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, const S* next_student, const T* next_teacher) {
+  void sum_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, const S* next_student) {
     typename Hard::Sums hard_sums;
     const F exp_rest = math::exp(rest);  // w e^x = v e^rest
     Sum<V> sum_w, sum_wx, sum_v, sum_w_phi;
     const auto add = [&](int64_t i, auto lanes) {
       __builtin_prefetch(next_student + i, 0, 2);
-      __builtin_prefetch(next_teacher + i, 0, 2);
       const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
       const V w = teacher_weight(t), v = student_weight(s), difference_or_nan = difference(s, t);
       const V x = w == 0 ? V{} : difference_or_nan;  // 0 log 0
@@ -274,10 +268,8 @@ struct KlRow {
     F left[KlStat::count];
     __builtin_memcpy(left, stat, sizeof left);
     if (narrow) {
-      left[KlStat::mean] -= x_excess;
-      left[KlStat::shift] -= x_excess;
       left[KlStat::inv_s0] += left[KlStat::inv_s0] * w_excess * ln_2;
-      left[KlStat::inv_z] = left[KlStat::inv_s0] * math::exp(rest) * exp_of_shift * (1 + x_excess);  // S0 / Z = e^(rest - R)
+      left[KlStat::inv_z] = left[KlStat::inv_s0] * math::exp(rest) * exp_of_shift;  // S0 / Z = e^(rest - R)
     }
     copy_numbers(to, at, left, KlStat::count);
   }
@@ -464,23 +456,22 @@ struct KlDivTau {
     const auto kept_e = [&](int64_t i) { return kept_w(i) + (kKeptRows - 1) * classes; };
     for (int64_t first = begin; first < end; first += together) {
       const int64_t count = first + together < end ? together : end - first;
+      const auto next = [&](int64_t i) { return first + i + together < end ? first + i + together : first + i; };
       for (int64_t i = 0; i < count; ++i) {
         const int64_t r = first + i;
         rows[i] = Row(temperatures, row_of<S>(args.student, r), row_of<T>(args.teacher, r), classes);
         hard[i] = Hard(args, r, rows[i].student);
         weight[i] = args.weight.at(r, F(1));
-        if (weight[i] != 0) rows[i].find_reference();
+        if (weight[i] != 0) rows[i].find_reference(row_of<T>(args.teacher, next(i)));
       }
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t next = first + i + together < end ? first + i + together : first + i;
         if (weight[i] == 0) continue;
-        const S* next_student = row_of<S>(args.student, next);
-        const T* next_teacher = row_of<T>(args.teacher, next);
+        const S* next_student = row_of<S>(args.student, next(i));
         if constexpr (Hard::kStats > 0) hard[i].start(rows[i].stat[KlStat::s_max]);
         if (rows[i].narrow)
-          rows[i].template sum_narrow_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student, next_teacher);
+          rows[i].template sum_narrow_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
         else
-          rows[i].template sum_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student, next_teacher);
+          rows[i].template sum_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
       }
       for (int64_t i = 0; i < count; ++i) {
         if (weight[i] != 0) rows[i].finish_row();
