@@ -47,6 +47,12 @@ const Isa& chosen() {
 
 }  // namespace
 
+#if defined(__x86_64__)
+const bool has_avx512_bf16 = __builtin_cpu_supports("avx512bf16");
+#else
+const bool has_avx512_bf16 = false;
+#endif
+
 const char* isa_name() { return chosen().name; }
 
 bool isa_available(const char* name) {

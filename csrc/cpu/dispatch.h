@@ -17,6 +17,8 @@ struct Kernels {
   void (*scale_gradient)(void*, const void*, DType, double, int64_t, int64_t);
 };
 
+extern const bool has_avx512_bf16;  // whether this machine can narrow floats to bfloat16 by itself
+
 namespace baseline {
 extern const Kernels kernels;
 }

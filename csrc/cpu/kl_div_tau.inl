@@ -1,8 +1,8 @@
 // softmax-KL at temperature tau on the CPU. Reads the student's and the teacher's logits; writes a loss and KlStat numbers a
 // row, and the gradients. kl_math.h has the formulas and the names.
 //
-// Forward goes over a row twice, and once more for the gradient; the row is in cache from the first pass on, and the pass that
-// has the most arithmetic fetches the next row. For the gradient the exponentials are kept in a scratch row, not computed
+// Forward goes over a row twice, and once more for the gradient; the row is in cache before the first pass, since the passes of
+// the row before it fetch it. For the gradient the exponentials are kept in a scratch row, not computed
 // again.
 
 namespace kdfast::cpu::KDFAST_ISA {
@@ -27,7 +27,7 @@ struct KlTemperatures {
 // One row: its logits and its KlStat numbers.
 template <class F, class V, class S, class T>
 struct KlRow {
-  static constexpr F inf = F(__builtin_inf());
+  static constexpr F inf = F(__builtin_inf()), ln_2 = F(0.693147180559945309), log2_e = F(1.44269504088896341);
   static constexpr F kNarrow = sizeof(F) == 4 ? 2 : -1;  // the range of WidePhiSeries
   static constexpr bool kSixteenBits = sizeof(S) == 2 && sizeof(T) == 2;
 
@@ -38,9 +38,13 @@ struct KlRow {
   F stat[KlStat::count] = {};
   F rest = 0;                           // of the plain form
   F s0 = 0, s1 = 0, z = 0, excess = 0;  // the sums of w, w x, v and w phi(x)
-  F kl = 0;
-  // Every |x| is at most kNarrow, none masked: then e^x comes from the series, and the student's exponentials are not needed.
+  F kl = 0, exp_of_shift = 0;           // e^-shift, of a narrow row
+  // Every |x| is at most kNarrow, no class masked, no w below 2^-kShortExp2Limit: then e^x comes from the series, and the
+  // student's exponentials are not needed.
   bool narrow = false;
+  // In a narrow row the constants under w are folded into one multiply-add, whose rounding is the same for every class: w is
+  // 2^w_excess of what it should be. The row's ratios do not show it; the numbers that leave the row do.
+  F folded_t_max = 0, w_excess = 0;
   bool infinite = false;  // the student is at -inf where the teacher is not, be the mass there too small for a float
 
   KlRow() = default;
@@ -70,25 +74,24 @@ struct KlRow {
     return ((s - t) - stat[KlStat::centre]) * k.inv_tau;
   }
 
-  // The pass for the maxima, and what follows from them.
-  void find_reference() {
-    V s_max = splat<V>(-inf), t_max = s_max, s_at_t_max = s_max, s_min = splat<V>(inf), t_min = s_min, d_max = s_max,
-      d_min = s_min;
+  // The pass for the maxima, and what follows from them. Fetches another row's teacher.
+  void find_reference(const T* next_teacher) {
+    V s_max = splat<V>(-inf), t_max = s_max, s_at_t_max = s_max, t_min = splat<V>(inf), d_max = s_max, d_min = t_min;
     // (What fills the last vector changes no extremum.)
     const F s_first = load<V>(student, First{1}, 0)[0], t_first = load<V>(teacher, First{1}, 0)[0];
     for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
+      __builtin_prefetch(next_teacher + i, 0, 2);
       const V s = student_logits(i, lanes, s_first), t = teacher_logits(i, lanes, t_first), d = s - t;
       s_at_t_max = t > t_max ? s : s_at_t_max;
       t_max = vmax(t, t_max);
       s_max = vmax(s, s_max);
-      s_min = vmin(s, s_min);
       t_min = vmin(t, t_min);
       d_max = vmax(d, d_max);
       d_min = vmin(d, d_min);
     });
-    const bool masked = any((s_min == -inf) | (t_min == -inf));
-    V size =
-        vmax(vmax(finite_magnitude(s_max), finite_magnitude(s_min)), vmax(finite_magnitude(t_max), finite_magnitude(t_min)));
+    const bool masked = any((d_min == -inf) | (t_min == -inf));
+    // Of the teacher alone: where the student's is another, what the offset could round away is small beside the differences.
+    V size = vmax(finite_magnitude(t_max), finite_magnitude(t_min));
     infinite = masked && survey_masked(size);
     const F s_top = largest(s_max), t_j = largest(t_max);
     F s_j = largest(t_max == t_j ? s_at_t_max : splat<V>(-inf));
@@ -103,41 +106,80 @@ struct KlRow {
     stat[KlStat::centre] = origin.centre;
     rest = (stat[KlStat::s_max] - s_j) * k.inv_tau;
     const F reach = kNarrow / k.inv_tau, d_j = s_j - t_j;
-    narrow = k.equal && !masked && !any(vmax(d_max - d_j, d_j - d_min) <= reach ? IntOf<V>{} : ~IntOf<V>{});
+    narrow = k.equal && !masked && (t_j + largest(-t_min)) * k.teacher_log2 < F(kShortExp2Limit) &&
+             !any(vmax(d_max - d_j, d_j - d_min) <= reach ? IntOf<V>{} : ~IntOf<V>{});
+    if (narrow) fold_constants();
+  }
+  void fold_constants() {
+    const F t_max = stat[KlStat::t_max];
+    folded_t_max = t_max * k.teacher_log2;
+    if (kFused) w_excess = F(__builtin_fma(t_max, k.teacher_log2, -folded_t_max));
   }
 
-  // A row with classes at -inf: the largest finite magnitude, and whether the student has one where the teacher has not.
+  // A row with classes at -inf: the teacher's largest finite magnitude, and whether the student has one where the teacher has
+  // not.
   __attribute__((noinline)) bool survey_masked(V& size) const {
     V missing = splat<V>(-inf);
     for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
       const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
       missing = vmax(s == -inf ? t : splat<V>(-inf), missing);
-      size = vmax(vmax(finite_magnitude(s), finite_magnitude(t)), size);
+      size = vmax(finite_magnitude(t), size);
     });
     return largest(missing) > -inf;
   }
 
-  // w, and u = w (e^x - 1) from the series, in a narrow row.
-  template <class Lanes>
-  KDFAST_INLINE void narrow_weights(int64_t i, Lanes lanes, V& w, V& u, V& wx, V& w_phi) const {
-    const V s = student_logits(i, lanes), t = teacher_logits(i, lanes), x = only(lanes, difference(s, t));
-    w = teacher_weight(t);
-    wx = w * x;
-    w_phi = wx * x * math::polynomial<math::WidePhiSeries>(x);
-    u = wx + w_phi;
-  }
+  // A narrow row's weights, with its constants where no store can touch them.
+  struct NarrowWeights {
+    const S* student;
+    const T* teacher;
+    F teacher_log2, inv_tau, t_max, folded_t_max, s_offset, t_offset, centre;
+    bool shifted;
+
+    explicit NarrowWeights(const KlRow& row)
+        : student(row.student),
+          teacher(row.teacher),
+          teacher_log2(row.k.teacher_log2),
+          inv_tau(row.k.inv_tau),
+          t_max(row.stat[KlStat::t_max]),
+          folded_t_max(row.folded_t_max),
+          s_offset(row.stat[KlStat::s_offset]),
+          t_offset(row.stat[KlStat::t_offset]),
+          centre(row.stat[KlStat::centre]),
+          shifted(!kSixteenBits && (s_offset != 0 || t_offset != 0)) {}
+
+    template <class Lanes>
+    KDFAST_INLINE void read(int64_t i, Lanes lanes, V& w, V& x) const {
+      if constexpr (sizeof(F) == 4) {
+        const V s = load<V>(student + i, lanes, 0), t = load<V>(teacher + i, lanes, t_max);
+        V d = s - t;
+        if (shifted) d = (s - s_offset) - (t - t_offset);
+        w = short_exp2(kFused ? multiply_subtract(t, teacher_log2, folded_t_max) : (t - t_max) * teacher_log2);
+        w = only(lanes, w);
+        x = only(lanes, (d - centre) * inv_tau);
+      }
+    }
+    // w, and u = w (e^x - 1) from the series.
+    template <class Lanes>
+    KDFAST_INLINE void operator()(int64_t i, Lanes lanes, V& w, V& u, V& wx, V& w_phi) const {
+      V x;
+      read(i, lanes, w, x);
+      wx = w * x;
+      w_phi = wx * x * math::polynomial<math::WidePhiSeries>(x);
+      u = wx + w_phi;
+    }
+  };
 
   // sum_row of a narrow row: leaves w and u.
   template <bool keep, class Hard>
-  void sum_narrow_row(F* kept_w, F* kept_u, F* kept_e, Hard& hard, const S* next_student, const T* next_teacher) {
+  void sum_narrow_row(F* kept_w, F* kept_u, F* kept_e, Hard& hard, const S* next_student) {
     typename Hard::Sums hard_sums;
-    const F exp_back = math::exp(-rest);  // v = w e^x e^-rest
+    const NarrowWeights weights(*this);
+    const F exp_back = math::exp(-rest) * (1 - w_excess * ln_2);  // v = w e^x e^-rest
     Sum<V> sum_w, sum_wx, sum_w_phi;
     const auto add = [&](int64_t i, auto lanes) {
       __builtin_prefetch(next_student + i, 0, 2);
-      __builtin_prefetch(next_teacher + i, 0, 2);
       V w, u, wx, w_phi;
-      narrow_weights(i, lanes, w, u, wx, w_phi);
+      weights(i, lanes, w, u, wx, w_phi);
       sum_w += w;
       sum_wx += wx;
       sum_w_phi += w_phi;
@@ -158,13 +200,12 @@ struct KlRow {
   // The pass for the sums, the hard part's too. Leaves w, v and the hard part's exponentials in scratch rows where `keep`, and
   // fetches another row.
   template <bool keep, class Hard>
-  void sum_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, const S* next_student, const T* next_teacher) {
+  void sum_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, const S* next_student) {
     typename Hard::Sums hard_sums;
     const F exp_rest = math::exp(rest);  // w e^x = v e^rest
     Sum<V> sum_w, sum_wx, sum_v, sum_w_phi;
     const auto add = [&](int64_t i, auto lanes) {
       __builtin_prefetch(next_student + i, 0, 2);
-      __builtin_prefetch(next_teacher + i, 0, 2);
       const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
       const V w = teacher_weight(t), v = student_weight(s), difference_or_nan = difference(s, t);
       const V x = w == 0 ? V{} : difference_or_nan;  // 0 log 0
@@ -189,18 +230,26 @@ struct KlRow {
   }
 
   // The row's numbers from its sums.
-  void finish_row() {
+  void finish_row() { narrow ? finish_narrow_row() : finish_any_row(); }
+  // Always in the stable form, and without a call: e^-m is in the reach of the series.
+  void finish_narrow_row() {
+    const F inv_s0 = 1 / s0, mean = s1 * inv_s0, phi_mean = mean * mean * math::polynomial<math::WidePhiSeries>(mean);
+    const F centred = excess * inv_s0 - phi_mean;
+    const F exp_of_mean = mean * mean * math::polynomial<math::WidePhiSeries>(-mean) - mean + 1;
+    stat[KlStat::mean] = mean;
+    stat[KlStat::inv_s0] = inv_s0;
+    F growth_of_kl = centred >= phi_mean / 8 ? exp_of_mean * centred : centred_narrow();  // e^KL - 1
+    if (growth_of_kl < 0) growth_of_kl = 0;
+    kl = growth_of_kl < F(0.5) ? math::log1p_series(growth_of_kl) : math::log1p(growth_of_kl);
+    stat[KlStat::shift] = mean + kl;
+    exp_of_shift = exp_of_mean / (1 + growth_of_kl);
+  }
+  void finish_any_row() {
     const F inv_s0 = 1 / s0, finite_mean = s1 * inv_s0, mean_excess = excess * inv_s0;
     const F mean = infinite && finite_mean == finite_mean ? -inf : finite_mean;
-    F log_ratio;
-    if (narrow) {  // Z e^rest = S0 + S1 + sum w phi(x)
-      log_ratio = math::log1p(mean + mean_excess);
-      stat[KlStat::inv_z] = inv_s0 * math::exp(rest - log_ratio);
-    } else {
-      if (z == 0) z = 1;  // the student is at -inf everywhere: the mean makes the loss infinite
-      log_ratio = math::log(z * inv_s0) + rest;
-      stat[KlStat::inv_z] = 1 / z;
-    }
+    if (z == 0) z = 1;  // the student is at -inf everywhere: the mean makes the loss infinite
+    const F log_ratio = math::log(z * inv_s0) + rest;
+    stat[KlStat::inv_z] = 1 / z;
     stat[KlStat::mean] = mean;
     stat[KlStat::inv_s0] = inv_s0;
     kl = log_ratio - mean;
@@ -212,6 +261,17 @@ struct KlRow {
       if (kl < 0) kl = 0;  // rounding, where nearly nothing is left
       stat[KlStat::shift] = mean + kl;
     }
+  }
+
+  void store_stats(void* to, int64_t at) const {
+    if (to == nullptr) return;
+    F left[KlStat::count];
+    __builtin_memcpy(left, stat, sizeof left);
+    if (narrow) {
+      left[KlStat::inv_s0] += left[KlStat::inv_s0] * w_excess * ln_2;
+      left[KlStat::inv_z] = left[KlStat::inv_s0] * math::exp(rest) * exp_of_shift;  // S0 / Z = e^(rest - R)
+    }
+    copy_numbers(to, at, left, KlStat::count);
   }
 
   // The stable form around the mean itself: another pass.
@@ -228,12 +288,27 @@ struct KlRow {
     return math::log1p(excess.value() * stat[KlStat::inv_s0]);
   }
 
+  // The same in a narrow row, before the logarithm.
+  __attribute__((noinline)) F centred_narrow() const {
+    const NarrowWeights weights(*this);
+    const F mean = stat[KlStat::mean];
+    Sum<V> excess;
+    const auto add = [&](int64_t i, auto lanes) {
+      V w, x;
+      weights.read(i, lanes, w, x);
+      x -= mean;
+      excess += w * (x * x < 1 ? math::phi_series(x) : exp2_nonpositive(x * log2_e) - 1 - x);
+    };
+    for_each_vector<V>(classes, 0, add, excess);
+    return excess.value() * stat[KlStat::inv_s0];
+  }
+
   // The pass for the student's gradient in a narrow row: q - p = p expm1(x - shift) = p (e^-shift (e^x - 1) + (e^-shift - 1)),
   // as good as x itself where |shift| is no more than a few. each(i, lanes, w, u) sets w and u.
   template <class Each, class Weights, class Hard>
   void write_narrow_gradient(Each each, Weights weights, const Hard& hard, F factor, const GradientRow<S>& grad_student) const {
-    const F p = stat[KlStat::inv_s0] * factor, back = -stat[KlStat::shift], growth = math::exp(back);
-    const F by_u = p * growth, by_w = p * (back * back < 1 ? math::expm1_series(back) : growth - 1);
+    const F p = stat[KlStat::inv_s0] * factor, back = -stat[KlStat::shift];
+    const F by_u = p * exp_of_shift, by_w = p * (back * back < 1 ? math::expm1_series(back) : exp_of_shift - 1);
     const auto write = [&](int64_t i, auto lanes) {
       V w, u;
       each(i, lanes, w, u);
@@ -340,13 +415,14 @@ struct KlDivTau {
   template <bool keep, class Weights>
   static void narrow_gradient(const Args& args, int64_t r, F weight, const Row& row, Hard& hard, Weights weights,
                               const F* kept_w, const F* kept_u) {
+    const typename Row::NarrowWeights narrow(row);
     const auto each = [&](int64_t i, auto lanes, V& w, V& u) {
       if constexpr (keep) {
         w = load<V>(kept_w + i, lanes, 0);
         u = load<V>(kept_u + i, lanes, 0);
       } else {
         V wx, w_phi;
-        row.narrow_weights(i, lanes, w, u, wx, w_phi);
+        narrow(i, lanes, w, u, wx, w_phi);
       }
     };
     const F grad_row = args.grad_loss.at(r, F(1)) * weight;
@@ -380,29 +456,28 @@ struct KlDivTau {
     const auto kept_e = [&](int64_t i) { return kept_w(i) + (kKeptRows - 1) * classes; };
     for (int64_t first = begin; first < end; first += together) {
       const int64_t count = first + together < end ? together : end - first;
+      const auto next = [&](int64_t i) { return first + i + together < end ? first + i + together : first + i; };
       for (int64_t i = 0; i < count; ++i) {
         const int64_t r = first + i;
         rows[i] = Row(temperatures, row_of<S>(args.student, r), row_of<T>(args.teacher, r), classes);
         hard[i] = Hard(args, r, rows[i].student);
         weight[i] = args.weight.at(r, F(1));
-        if (weight[i] != 0) rows[i].find_reference();
+        if (weight[i] != 0) rows[i].find_reference(row_of<T>(args.teacher, next(i)));
       }
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t next = first + i + together < end ? first + i + together : first + i;
         if (weight[i] == 0) continue;
-        const S* next_student = row_of<S>(args.student, next);
-        const T* next_teacher = row_of<T>(args.teacher, next);
+        const S* next_student = row_of<S>(args.student, next(i));
         if constexpr (Hard::kStats > 0) hard[i].start(rows[i].stat[KlStat::s_max]);
         if (rows[i].narrow)
-          rows[i].template sum_narrow_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student, next_teacher);
+          rows[i].template sum_narrow_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
         else
-          rows[i].template sum_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student, next_teacher);
+          rows[i].template sum_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
       }
       for (int64_t i = 0; i < count; ++i) {
         if (weight[i] != 0) rows[i].finish_row();
         const F loss = rows[i].kl * F(args.scale) * weight[i];
         hard[i].store_loss(args, first + i, weight[i], weight[i] != 0 ? loss : 0);
-        copy_numbers(args.row_stats, (first + i) * kStats, rows[i].stat, KlStat::count);
+        rows[i].store_stats(args.row_stats, (first + i) * kStats);
         hard[i].store_stats(args.row_stats, (first + i) * kStats + KlStat::count);
       }
       if (!args.grad_student.data) continue;
