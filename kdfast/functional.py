@@ -411,6 +411,7 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
         and teacher.dtype in LOGIT_DTYPES
         and student.layout is STRIDED
         and teacher.layout is STRIDED
+        and not (student.is_nested or teacher.is_nested)
         and student.device == teacher.device
         and student.dim() >= 2
         and (shape := student.shape) == teacher.shape
