@@ -91,13 +91,12 @@ def _kl_rows(s: np.ndarray, t: np.ndarray, tau: Any, teacher_tau: Any) -> tuple[
     """Unscaled KL a row, d/d(s/tau), d/d(t/teacher_tau), rows with student-only -inf."""
     on_s, on_t = s > -INF, t > -INF  # NaN: off on both sides; such rows are overwritten by the caller
     both = on_s & on_t
-    s0, t0 = np.where(on_s, s, 0), np.where(on_t, t, 0)
+    # Logits from those of the teacher's likeliest class: exact, and nothing of the size of a logit / tau is left where p and q lie.
+    at = np.where(both, t, -INF).argmax(-1)[..., None]
+    origin = [np.where(both.any(-1, keepdims=True), np.take_along_axis(a, at, -1), 0) for a in (s, t)]
+    s0, t0 = (np.where(on, a - a_j, 0) for a, on, a_j in ((s, on_s, origin[0]), (t, on_t, origin[1])))
     # exact difference first: s and t may agree to many digits
-    x = (s0 - t0) / tau if tau == teacher_tau else s0 / tau - t0 / teacher_tau
-    shift = np.take_along_axis(x, np.where(both, t0, -INF).argmax(-1)[..., None], -1)
-    x = np.where(
-        both, x - shift, 0
-    )  # 0 where p may be 1 to the last digit, so that the mean m is not rounded to an ulp of the shift
+    x = np.where(both, (s0 - t0) / tau if tau == teacher_tau else s0 / tau - t0 / teacher_tau, 0)
 
     def softmax(z: np.ndarray, on: np.ndarray, temp: Any) -> tuple[np.ndarray, np.ndarray]:
         top = np.max(np.where(on, z, -INF), -1, keepdims=True, initial=-np.finfo(z.dtype).max)
@@ -110,17 +109,17 @@ def _kl_rows(s: np.ndarray, t: np.ndarray, tau: Any, teacher_tau: Any) -> tuple[
     m = (p * x).sum(-1, keepdims=True)
     m = m + (p * (x - m)).sum(-1, keepdims=True)  # once refined: sum p (x - m) = 0 to the last digit
     c = np.where(both, x - m, 0)
-    plain = lse_s - lse_t - shift - m
-    # KL = log sum_k e^{s_k/tau - lse_t - shift - m}; the terms are p_k e^{c_k} where both sides are on, and sum p c = 0
+    plain = lse_s - lse_t - m
+    # KL = log sum_k e^{s_k/tau - lse_t - m}; the terms are p_k e^{c_k} where both sides are on, and sum p c = 0
     # there, so KL = log1p(sum_both p phi(c) + sum_{student alone} e^{...}).  The exponent form also serves where p has
     # underflowed.
     small = both & (np.abs(c) < 1)
-    term = np.exp(np.where(on_s & ~small & (plain < 0.5), s0 / tau - lse_t - shift - m, -INF))
+    term = np.exp(np.where(on_s & ~small & (plain < 0.5), s0 / tau - lse_t - m, -INF))
     pieces = np.where(small, p * _phi(np.where(small, c, 0)), term - np.where(both, p + p * c, 0))
     stable = np.log1p(np.where(plain < 0.5, pieces, 0).sum(-1, keepdims=True))
     kl = np.where(plain < 0.5, stable, plain)
     z = c - kl
-    near = both & (np.abs(z) < 1)
+    near = both & (np.abs(z) < 1) & (np.abs(kl) < 1e3)  # of larger ones z is no better than the difference of q and p
     gs = np.where(near, p * np.expm1(np.where(near, z, 0)), q - p)
     gs = np.where(on_s | on_t, gs, 0)
     gt = np.where(on_t, -p * c, 0)
@@ -137,7 +136,9 @@ def _limit_rows(s: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, ...]:
     mean = d.sum(-1, keepdims=True) / n
     mean = mean + np.where(both, d - mean, 0).sum(-1, keepdims=True) / n
     c = np.where(both, d - mean, 0)
-    return (c * c).sum(-1) / n[..., 0] / 2, c / n, -c / n, (on_s != on_t).any(-1)
+    rows = np.where(on_s.any(-1) | on_t.any(-1), (c * c).sum(-1) / n[..., 0] / 2, np.nan)  # no class at all: no softmax
+    grad = np.where(np.isnan(rows)[..., None], np.nan, c / n)
+    return rows, grad, -grad, (on_s != on_t).any(-1)
 
 
 def _mse_rows(s: np.ndarray, t: np.ndarray, center: bool) -> tuple[np.ndarray, ...]:

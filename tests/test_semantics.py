@@ -298,6 +298,18 @@ def test_teacher_minus_inf_contributes_nothing(where: Where, variant: str, k: in
     both_ways(where, variant, s, t, (6,))
 
 
+@pytest.mark.parametrize("tau", [1e-15, 1e-12, 1e-6, 1e-3])
+@pytest.mark.parametrize("k", [1, 2, 100])
+def test_student_that_agrees_at_a_tiny_temperature(where: Where, k: int, tau: float) -> None:
+    """Nothing to learn, also where logits divided by tau have no digit left behind the point."""
+    t = logits("typical", (5, k))[1]
+    for s in (t, t + 0.5):
+        got = where.run("kl_div_tau", student=s.clone(), teacher=t, tau=tau, scale_by_tau_squared=False, grads="st")
+        assert all(x.isfinite().all() for x in (got.loss, got.student, got.teacher))
+        if s is t:
+            assert got.loss == 0 and not got.student.any() and not got.teacher.any()
+
+
 @pytest.mark.contract("-inf on both sides is as if the class were not there")
 @WIDTHS
 @parts_of_a_batch

@@ -29,6 +29,7 @@ template <class F, class V, class S, class T>
 struct KlRow {
   static constexpr F inf = F(__builtin_inf()), ln_2 = F(0.693147180559945309), log2_e = F(1.44269504088896341);
   static constexpr F kNarrow = sizeof(F) == 4 ? 2 : -1;  // the range of WidePhiSeries
+  static constexpr F kMostFolded = 4096;
   static constexpr bool kSixteenBits = sizeof(S) == 2 && sizeof(T) == 2;
 
   KlTemperatures<F> k;
@@ -106,14 +107,12 @@ struct KlRow {
     stat[KlStat::centre] = origin.centre;
     rest = (stat[KlStat::s_max] - s_j) * k.inv_tau;
     const F reach = kNarrow / k.inv_tau, d_j = s_j - t_j;
+    // (Beyond kMostFolded the rounding of the folded constant would not be small against 1.)
+    folded_t_max = t_j * k.teacher_log2;
     narrow = k.equal && !masked && (t_j + largest(-t_min)) * k.teacher_log2 < F(kShortExp2Limit) &&
+             folded_t_max * folded_t_max < kMostFolded * kMostFolded &&
              !any(vmax(d_max - d_j, d_j - d_min) <= reach ? IntOf<V>{} : ~IntOf<V>{});
-    if (narrow) fold_constants();
-  }
-  void fold_constants() {
-    const F t_max = stat[KlStat::t_max];
-    folded_t_max = t_max * k.teacher_log2;
-    if (kFused) w_excess = F(__builtin_fma(t_max, k.teacher_log2, -folded_t_max));
+    if (narrow && kFused) w_excess = F(__builtin_fma(t_j, k.teacher_log2, -folded_t_max));
   }
 
   // A row with classes at -inf: the teacher's largest finite magnitude, and whether the student has one where the teacher has
