@@ -17,8 +17,8 @@ import triton.language as tl
 LN2 = tl.constexpr(0.6931471805599453)
 STABLE_BELOW = tl.constexpr(0.5)
 SMALLEST = tl.constexpr(1.1754943508222875e-38)
-# What stands for the difference at a class that the teacher masks: beyond any other one, and finite times a weight of 0.
-MASKED = tl.constexpr(1e24)
+# What stands for the difference at a class that the teacher masks: beyond any other one, and finite divided by the least tau, 1e-15.
+MASKED = tl.constexpr(1e23)
 
 
 @triton.jit
