@@ -759,6 +759,16 @@ def places() -> list[Where]:
     return found
 
 
+def widens_by_torch(where: Where, loss: str, pair: tuple[torch.dtype, torch.dtype]) -> bool:
+    """kd_loss makes a narrower side float64 by a copy of PyTorch's, whose own kernels do not run under a GPU emulator."""
+    return (
+        loss == "kd_loss"
+        and where.device == "cuda"
+        and "KDFAST_GPU_EMULATOR" in os.environ
+        and (pair[0] == F64) != (pair[1] == F64)
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # memory
 
