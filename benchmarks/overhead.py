@@ -9,6 +9,7 @@ medians. The last line is what ``import kdfast`` adds to ``import torch``, the m
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import subprocess
 import sys
@@ -16,39 +17,28 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import kdfast
-from benchmarks import machine, print_table
+from . import machine, print_table
+from .losses import LOSSES, PROVIDERS
+from .run import TAU
 
-TAU, ALPHA = 4.0, 0.9
 TARGETS = {"forward": 0.25, "forward + backward": 0.45}  # of eager's time, for kl_div_tau
 Call = Callable[[], Tensor]
 
 
 def losses() -> dict[str, tuple[Tensor, Call, Call]]:
     """The student's logits, kdfast's call and the eager chain of each loss."""
-    random = torch.Generator().manual_seed(0)
-    s, t = torch.randn(8, 10, generator=random).requires_grad_(), torch.randn(8, 10, generator=random)
-    y = torch.arange(8)
-
-    def eager_kl() -> Tensor:
-        log_q, log_p = F.log_softmax(s / TAU, -1), F.log_softmax(t / TAU, -1)
-        return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean") * TAU**2
-
-    def eager_huber() -> Tensor:
-        return ((1 + (s - t).square()).sqrt() - 1).mean()
-
-    def eager_kd() -> Tensor:
-        return (1 - ALPHA) * F.cross_entropy(s, y) + ALPHA * eager_kl()
-
-    return {
-        "kl_div_tau": (s, lambda: kdfast.kl_div_tau(s, t, TAU), eager_kl),
-        "logit_mse": (s, lambda: kdfast.logit_mse(s, t), lambda: F.mse_loss(s, t)),
-        "logit_huber": (s, lambda: kdfast.logit_huber(s, t), eager_huber),
-        "kd_loss": (s, lambda: kdfast.kd_loss(s, t, y, tau=TAU, alpha=ALPHA), eager_kd),
-    }
+    found = {}
+    for name, loss in LOSSES.items():
+        if loss.of_logits:
+            s, *others = loss.inputs(8, 10, torch.float32)
+            s.requires_grad_()
+            fused, eager = (
+                functools.partial(PROVIDERS[provider].losses[name](TAU), s, *others) for provider in ("kdfast", "eager")
+            )
+            found[name] = s, fused, eager
+    return found
 
 
 def microseconds(calls: list[Callable[[], object]], rounds: int, repeats: int = 50) -> list[list[float]]:

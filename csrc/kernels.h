@@ -105,17 +105,17 @@ struct Numbers {
 
 // The compute type, F below, is double where a logit tensor is float64 and float otherwise.
 
-// softmax-KL at temperature tau, one value a row:  KL(softmax(teacher / teacher_tau) || softmax(student / tau)) * scale
-struct KlDivTauArgs {
+// What every loss of two tensors of logits takes and gives: one value a row, times scale.
+struct LossArgs {
   Logits student, teacher;
   int64_t rows = 0, classes = 0;
-  double tau = 1, teacher_tau = 1;
-  double scale = 1;  // tau * tau or 1
-  Numbers weight;    // data == nullptr: all ones. A row of weight 0 is not read.
+  double scale = 1;
+  Numbers weight;  // data == nullptr: all ones. A row of weight 0 is not read.
 
-  // Forward. row_loss[r] = weight * scale * KL; row_stats[r * kKlStats ...] as KlStats lists them. Both of type F.
+  // Forward. row_loss[r] = weight * scale * the row's value; row_stats: what the loss leaves of a row for its backward. Both of
+  // type F.
   void* row_loss = nullptr;
-  void* row_stats = nullptr;  // nullptr: not wanted (forward), required (backward)
+  void* row_stats = nullptr;  // nullptr: not wanted (forward), required (backward) of a loss that has any
 
   // Backward, and forward with gradient: the loss's derivative by the row's unweighted value is
   // grad_loss[r] * grad_scale * weight[r].
@@ -124,22 +124,17 @@ struct KlDivTauArgs {
   Gradient grad_student, grad_teacher;
 };
 
-// Sum of squared differences of the logits, one value a row:  scale * sum_k (d_k - c)^2,  d = student - teacher,
-// c = mean_k d_k if center else 0, and scale divided by the number of classes counted if per_class.
-struct LogitMseArgs {
-  Logits student, teacher;
-  int64_t rows = 0, classes = 0;
+// softmax-KL at temperature tau:  KL(softmax(teacher / teacher_tau) || softmax(student / tau)). scale is tau * tau or 1,
+// row_stats as KlStat lists them.
+struct KlDivTauArgs : LossArgs {
+  double tau = 1, teacher_tau = 1;
+};
+
+// Sum of squared differences of the logits:  sum_k (d_k - c)^2,  d = student - teacher, c = mean_k d_k if center else 0, and
+// scale divided by the number of classes counted if per_class. row_stats as MseStat lists them, only with center.
+struct LogitMseArgs : LossArgs {
   bool center = false;
   bool per_class = false;
-  double scale = 1;
-  Numbers weight;  // data == nullptr: all ones. A row of weight 0 is not read.
-
-  void* row_loss = nullptr;
-  void* row_stats = nullptr;  // as MseStat lists them, only with center
-
-  Numbers grad_loss;  // data == nullptr: 1
-  double grad_scale = 1;
-  Gradient grad_student, grad_teacher;
 };
 
 // The same with another function of the differences x = d - c in the place of x^2:

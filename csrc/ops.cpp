@@ -679,14 +679,14 @@ void scale_gradient_inplace(const Tensor& gradient, const Tensor& grad_loss) {
   library.impl(#NAME "_forward", TORCH_BOX(&kdfast::NAME##_forward<kdfast::DEVICE>));           \
   library.impl(#NAME "_forward_grad", TORCH_BOX(&kdfast::NAME##_forward_grad<kdfast::DEVICE>)); \
   library.impl(#NAME "_backward", TORCH_BOX(&kdfast::NAME##_backward<kdfast::DEVICE>));         \
-  library.impl(#NAME "_backward_inplace", TORCH_BOX(&kdfast::NAME##_backward_inplace<kdfast::DEVICE>));
+  library.impl(#NAME "_backward_inplace", TORCH_BOX(&kdfast::NAME##_backward_inplace<kdfast::DEVICE>))
 #define KDFAST_REGISTER(DEVICE)                                                       \
-  KDFAST_REGISTER_LOSS(kl_div_tau, DEVICE)                                            \
-  KDFAST_REGISTER_LOSS(logit_mse, DEVICE)                                             \
-  KDFAST_REGISTER_LOSS(logit_huber, DEVICE)                                           \
-  KDFAST_REGISTER_LOSS(kd_loss, DEVICE)                                               \
+  KDFAST_REGISTER_LOSS(kl_div_tau, DEVICE);                                           \
+  KDFAST_REGISTER_LOSS(logit_mse, DEVICE);                                            \
+  KDFAST_REGISTER_LOSS(logit_huber, DEVICE);                                          \
+  KDFAST_REGISTER_LOSS(kd_loss, DEVICE);                                              \
   library.impl("scale_gradient", TORCH_BOX(&kdfast::scale_gradient<kdfast::DEVICE>)); \
-  library.impl("scale_gradient_inplace", TORCH_BOX(&kdfast::scale_gradient_inplace<kdfast::DEVICE>));
+  library.impl("scale_gradient_inplace", TORCH_BOX(&kdfast::scale_gradient_inplace<kdfast::DEVICE>))
 
 STABLE_TORCH_LIBRARY(kdfast, library) {
   KDFAST_SCHEMAS("kl_div_tau", "float tau, float teacher_tau, bool scale_by_tau_squared", "Tensor")
@@ -698,9 +698,7 @@ STABLE_TORCH_LIBRARY(kdfast, library) {
   library.def("scale_gradient_inplace(Tensor(a!) gradient, Tensor grad_loss) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, library){KDFAST_REGISTER(OnCpu)}
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, library) { KDFAST_REGISTER(OnCpu); }
 #ifdef KDFAST_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, library) {
-  KDFAST_REGISTER(OnCuda)
-}
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, library) { KDFAST_REGISTER(OnCuda); }
 #endif

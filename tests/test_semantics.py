@@ -303,14 +303,16 @@ def test_teacher_minus_inf_contributes_nothing(where: Where, variant: str, k: in
 
 @pytest.mark.parametrize("tau", [1e-15, 1e-12, 1e-6, 1e-3])
 @pytest.mark.parametrize("k", [1, 2, 100])
-def test_student_that_agrees_at_a_tiny_temperature(where: Where, k: int, tau: float) -> None:
-    """Nothing to learn, also where logits divided by tau have no digit left behind the point."""
+def test_tiny_temperatures(where: Where, k: int, tau: float) -> None:
+    """Logits divided by tau have no digit left behind the point; where student and teacher agree there is nothing to learn."""
     t = logits("typical", (5, k))[1]
     for s in (t, t + 0.5):
         got = where.run("kl_div_tau", student=s.clone(), teacher=t, tau=tau, scale_by_tau_squared=False, grads="st")
         assert all(x.isfinite().all() for x in (got.loss, got.student, got.teacher))
         if s is t:
             assert got.loss == 0 and not got.student.any() and not got.teacher.any()
+    s = logits("typical", (5, k))[0]
+    check(where, "kl_div_tau", student=s, teacher=t, tau=tau, scale_by_tau_squared=False, grads="st")
 
 
 @pytest.mark.contract("-inf on both sides is as if the class were not there")

@@ -2,8 +2,7 @@
 // row, and the gradients. kl_math.h has the formulas and the names.
 //
 // Forward goes over a row twice, and once more for the gradient; the row is in cache before the first pass, since the passes of
-// the row before it fetch it. For the gradient the exponentials are kept in a scratch row, not computed
-// again.
+// the row before it fetch it. For the gradient the exponentials are kept in a scratch row, not computed again.
 
 namespace kdfast::cpu::KDFAST_ISA {
 namespace {
@@ -115,8 +114,7 @@ struct KlRow {
     if (narrow && kFused) w_excess = F(__builtin_fma(t_j, k.teacher_log2, -folded_t_max));
   }
 
-  // A row with classes at -inf: the teacher's largest finite magnitude, and whether the student has one where the teacher has
-  // not.
+  // A row with classes at -inf: the teacher's largest finite magnitude, and whether the student masks more than the teacher.
   __attribute__((noinline)) bool survey_masked(V& size) const {
     V missing = splat<V>(-inf);
     for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {

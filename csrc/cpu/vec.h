@@ -156,8 +156,7 @@ KDFAST_INLINE ScalarOf<V> largest(V v) {
   return reduce(v, Larger{});
 }
 
-// 2^x, rounded within an ulp, for x <= 0 (and a little above). Below the exponent range: 0 where `flush`, else the smallest
-// normal number; NaN for NaN.
+// 2^x, rounded within an ulp, for x <= 0, and above it while 2^x is a normal number. 0 below the normal numbers, NaN for NaN.
 template <class V>
 KDFAST_INLINE V exp2_nonpositive(V x) {
   using F = ScalarOf<V>;

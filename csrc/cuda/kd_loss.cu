@@ -12,18 +12,9 @@ constexpr int kMostTeams = 128;  // of a block: one thread each
 KlDivTauArgs soft_args(const KdLossArgs& args, KlDivTauArgs) { return args; }
 LogitMseArgs soft_args(const KdLossArgs& args, LogitMseArgs) {
   LogitMseArgs soft;
-  soft.student = args.student;
-  soft.teacher = args.teacher;
-  soft.rows = args.rows;
-  soft.classes = args.classes;
+  static_cast<LossArgs&>(soft) = args;
   soft.center = args.center;
   soft.per_class = args.per_class;
-  soft.scale = args.scale;
-  soft.weight = args.weight;
-  soft.grad_loss = args.grad_loss;
-  soft.grad_scale = args.grad_scale;
-  soft.grad_student = args.grad_student;
-  soft.grad_teacher = args.grad_teacher;
   return soft;
 }
 
@@ -322,8 +313,7 @@ struct KdLoss {
   };
 };
 
-// ---- float64: one block a row, which is read from memory once for each pass
-// ----------------------------------------------------
+// ---- float64: one block a row, which is read from memory once for each pass -----------------------------------------------
 
 template <class SoftRow>
 struct WideRow {

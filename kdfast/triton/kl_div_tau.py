@@ -13,9 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdfast.triton.cross_entropy import (
-    STATS as HARD_STATS,
-)
+from kdfast.triton.cross_entropy import STATS as HARD_STATS
 from kdfast.triton.cross_entropy import (
     add_block,
     below,
