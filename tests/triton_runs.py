@@ -5,6 +5,8 @@ python triton_runs.py interpreter | emulator COUNTS | compile CC
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -12,11 +14,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import helpers as h
 import numpy as np
+import pytest
 import torch
 
 import kdfast
@@ -60,8 +65,161 @@ def interpret() -> None:
     strides(where)
     agreement(where)
     hard_part(where)
+    for which in (1, 2):
+        with nth_tile(which):
+            matrix(where, ((70, 10), (3, 300), (2, 9000)), ("fp32",))
+    autotuning(where)
     gradcheck()
     compiled_graph()
+
+
+def nth_tile(which: int) -> contextlib.AbstractContextManager:
+    """All kernels with that one of their lists of tiles, or the last."""
+    from kdfast.triton.launch import Call
+
+    return mock.patch.object(Call, "tile", lambda self, tiles, *_: tiles[min(which, len(tiles) - 1)])
+
+
+class Tuning:
+    """Autotuning as on a GPU, with a timer that says what `times` has and runs what it is given."""
+
+    def __init__(self, where: h.Where, **limits: int) -> None:
+        self.where, self.limits = where, {"LEAST_ROWS": 1, "LEAST_PAIRS": 1, "MOST_ROWS": 2, "MOST_PAIRS": 1, **limits}
+
+    def __enter__(self) -> Tuning:
+        from kdfast.triton import autotune, launch
+
+        def timer(call: Callable[[], object], quantiles: tuple[float, ...]) -> list[float]:
+            call()
+            self.asked += 1
+            time = next(self.times)
+            if isinstance(time, Exception):
+                raise time
+            return [time] * len(quantiles)
+
+        def watched(*args: object) -> autotune.Tile:
+            self.choice = choose(*args)
+            return self.choice
+
+        choose, self.remembered = launch.choose, {}
+        driver = SimpleNamespace(active=SimpleNamespace(get_benchmarker=lambda: timer))
+        self.patches = contextlib.ExitStack()
+        self.patches.enter_context(
+            mock.patch.multiple(autotune, ENABLED=True, driver=driver, _chosen=self.remembered, **self.limits)
+        )
+        self.patches.enter_context(mock.patch.object(launch, "choose", watched))
+        self.patches.enter_context(mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.patches.close()
+
+    @contextlib.contextmanager
+    def asks(self, count: int | None, times: Iterable[float | Exception] = ()) -> Iterator[None]:
+        """How often the timer is asked (None: at least once), and its answers."""
+        self.asked, self.times = 0, iter(times)
+        yield
+        assert self.asked == count or (count is None and self.asked > 0), self.asked
+
+
+def autotuning(where: h.Where) -> None:
+    """What is measured and when, and that nobody else sees it."""
+    from triton.runtime.errors import OutOfResources
+
+    from kdfast import _ops
+    from kdfast.triton import autotune, launch
+
+    student, teacher = h.logits("typical", (3, 40))
+    tiles = launch.tiles_of_rows(64, 4)
+    assert len(set(tiles)) == 3
+
+    def run(**options: object) -> h.Result:
+        return h.check(where, "kl_div_tau", student, teacher, **options)
+
+    for times, fastest in (((3, 2, 1), 2), ((1, 2, 3), 0), ((2, 1, 3), 1)):
+        with Tuning(where) as tuning:
+            with tuning.asks(3, times):
+                first = run()
+            assert tuning.choice == tiles[fastest]
+            with tuning.asks(0):  # it stays
+                second = run()
+                assert tuning.choice == tiles[fastest]
+                run(row_weight=torch.tensor([1.0, 0, 2]), denominator=3.0)
+            assert torch.equal(first.loss, second.loss) and torch.equal(first.student, second.student)
+            with tuning.asks(3, (1, 2, 3)):
+                run(grads="")  # computes something else
+            student, teacher = student.bfloat16(), teacher.bfloat16()
+            with tuning.asks(3, (1, 2, 3)):
+                run()
+            student, teacher = h.logits("typical", (3, 40))
+    # Every kernel, and gradients in place of the logits: what is measured reads what the call reads and writes nothing of it.
+    for k, pair in ((40, "fp32"), (5000, "bf16")):
+        student, teacher = h.logits("typical", (3, k), h.PAIRS[pair])
+        for loss in ("kl_div_tau", "logit_mse", "logit_huber", "kd_loss"):
+            for grads in ("", "s", "st"):
+                with Tuning(where) as tuning:
+                    with tuning.asks(None, itertools.count(0, -1)):
+                        h.check(where, loss, student, teacher, grads=grads)
+                    with tuning.asks(0):
+                        h.check(where, loss, student, teacher, grads=grads)
+            with Tuning(where) as tuning, tuning.asks(None, itertools.count(0, -1)):
+                leaf = student.clone().requires_grad_()
+                where.call(loss, leaf * 1, teacher, inplace_backward=True).backward()
+                h.check_grad(leaf.grad, h.oracle(loss, student, teacher).student, student, (student, teacher))
+    student, teacher = h.logits("typical", (3, 40))
+    # A tile that the device cannot run is not taken; without the memory to measure in, the first is.
+    with Tuning(where) as tuning:
+        with tuning.asks(3, (2, OutOfResources(2, 1, "shared memory"), 1)):
+            run()
+        assert tuning.choice == tiles[2]
+    with Tuning(where) as tuning:
+        with tuning.asks(2, (2, torch.OutOfMemoryError("scratch"))):
+            run()
+        assert tuning.choice == tiles[0]
+        with tuning.asks(0):
+            run()
+    with Tuning(where, LEAST_ROWS=4) as tuning:  # too few rows to tell: nothing is settled
+        with tuning.asks(0):
+            run()
+        assert not tuning.remembered
+        assert [autotune.rows_to_measure(rows, 40) for rows in (3, 4)] == [0, 2]
+    # The first tile, which stays, where the host must not wait for the device.
+    for module, name in ((torch.cuda, "is_current_stream_capturing"), (torch.compiler, "is_compiling")):
+        with Tuning(where) as tuning, tuning.asks(0):
+            with mock.patch.object(module, name, return_value=True):
+                forward = _ops.on_triton(_ops.KL_DIV_TAU).forward_grad
+                assert forward(student, teacher, None, None, None, 1, -1, 4.0, 4.0, True)[0].isfinite()
+                assert tuning.choice == tiles[0]
+            run()
+            assert tuning.choice == tiles[0]
+    # While torch.compile traces no kernel runs; the first run of what it made measures.
+    with Tuning(where) as tuning, tuning.asks(3, (3, 2, 1)):
+
+        def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+            assert tuning.asked == 0
+            return graph.forward
+
+        torch.compile(kdfast.kl_div_tau, fullgraph=True, backend=backend)(student, teacher, 4.0, backend="triton")
+        assert tuning.choice == tiles[2]
+    # The switches.
+    with Tuning(where) as tuning:
+        torch.use_deterministic_algorithms(True)
+        with tuning.asks(0):
+            run()
+        torch.use_deterministic_algorithms(False)
+        assert tuning.choice == tiles[0] and not tuning.remembered
+        with tuning.asks(3, (3, 2, 1)):
+            run()
+        with mock.patch.object(autotune, "ENABLED", False), tuning.asks(0):
+            run()
+            assert tuning.choice == tiles[0]
+    assert not autotune.ENABLED  # in the interpreter
+    with mock.patch.object(autotune.knobs.runtime, "interpret", False):
+        for value, enabled in (("", True), ("1", True), ("0", False)):
+            with mock.patch.dict(os.environ, KDFAST_TRITON_AUTOTUNE=value):
+                assert autotune._enabled() is enabled
+        with mock.patch.dict(os.environ, KDFAST_TRITON_AUTOTUNE="no"), pytest.raises(ValueError, match="TRITON_AUTOTUNE"):
+            autotune._enabled()
 
 
 def hard_part(where: h.Where) -> None:
@@ -391,6 +549,15 @@ def emulate(counts: Path) -> None:
             for grads in ("", "s", "st") if k < 100_000 else ("s",):
                 begin(k, pair, rows * k, grads)
                 h.check(where, "kl_div_tau", student, teacher, tau=4.0, reduction="mean", grads=grads, truth=truth)
+            for which in (1, 2) if pair == "bf16" and k < 100_000 else ():
+                with nth_tile(which):
+                    for each in ("", "s", "st"):
+                        begin(k, f"{pair}, tile {which}", rows * k, each)
+                        h.check(where, "kl_div_tau", student, teacher, tau=4.0, reduction="mean", grads=each, truth=truth)
+                    begin(k, f"{pair}, tile {which}", rows * k, "others")
+                    h.check(where, "kd_loss", student, teacher, label_smoothing=0.1)
+                    h.check(where, "logit_mse", student, teacher)
+                    h.check(where, "logit_huber", student, teacher, center=True)
             for soft in ("kl", "mse"):
                 begin(k, pair, rows * k, f"kd {soft}")
                 h.check(where, "kd_loss", student, teacher, soft=soft, label_smoothing=0.1)
@@ -410,6 +577,24 @@ def emulate(counts: Path) -> None:
             h.check(where, "kd_loss", *h.logits("typical", (3, k)), soft=soft, tau=1.0, grads="st", reduction="none")
     h.check(where, "logit_huber", *h.logits("typical", (3, 5000)), center=True, kind="smooth_l1", grads="st")
     h.check(where, "kl_div_tau", *h.logits("typical", (3, 900), h.PAIRS["fp64"]), tau=4.0, grads="s")
+    tuned(where)
+
+
+def tuned(where: h.Where) -> None:
+    """Autotuning by Triton's timer, which here goes by a model: what is chosen is right, and chosen once."""
+    from kdfast.triton import autotune
+
+    with mock.patch.multiple(autotune, LEAST_ROWS=1, LEAST_PAIRS=1, MOST_ROWS=2):
+        for k in (40, 5000):
+            student, teacher = h.logits("typical", (4, k), h.PAIRS["bf16"])
+            for loss in ("kl_div_tau", "logit_mse", "kd_loss"):
+                for grads in ("", "s", "st"):
+                    h.check(where, loss, student, teacher, grads=grads)
+                    chosen = dict(autotune._chosen)
+                    with mock.patch.object(autotune, "driver", None):  # nothing to measure with
+                        h.check(where, loss, student, teacher, grads=grads)
+                    assert autotune._chosen == chosen
+    assert autotune._chosen
 
 
 # ----------------------------------------------------------------------------------------------------------------- compile
@@ -454,12 +639,15 @@ def compile_for(capability: int) -> None:
     for k in shapes:
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
             student, teacher, one = torch.zeros(4, k, dtype=dtype), torch.zeros(4, k, dtype=dtype), torch.ones(())
-            for loss, extra, numbers in (
-                ("kl_div_tau", (4.0, 4.0, True), 9),
-                ("logit_mse", (True, True), 4),
-                ("logit_huber", (1.0, False, True), 5),
-                ("kd_loss", (torch.zeros(4, dtype=torch.int64), 4.0, 0.9, 0, -100, 0.1), 12),
-                ("kd_loss", (torch.zeros(4, dtype=torch.int64), 4.0, 0.9, 1, -100, 0.1), 7),
+            for which, (loss, extra, numbers) in itertools.product(
+                range(3 if capability == 90 and dtype != torch.float64 else 1),
+                (
+                    ("kl_div_tau", (4.0, 4.0, True), 9),
+                    ("logit_mse", (True, True), 4),
+                    ("logit_huber", (1.0, False, True), 5),
+                    ("kd_loss", (torch.zeros(4, dtype=torch.int64), 4.0, 0.9, 0, -100, 0.1), 12),
+                    ("kd_loss", (torch.zeros(4, dtype=torch.int64), 4.0, 0.9, 1, -100, 0.1), 7),
+                ),
             ):
                 kd = loss == "kd_loss"  # of whose kernels the others' tell most
                 if k == (4096 if kd else 8192):  # the longest row in one tile, with a hard part and without
@@ -468,11 +656,12 @@ def compile_for(capability: int) -> None:
                     continue
                 rest = (None, None, None, 3, -1, *extra)
                 stats = torch.zeros(4, numbers)
-                if not kd:
-                    OPERATORS[f"{loss}_forward"](student, teacher, *rest)
-                OPERATORS[f"{loss}_forward_grad"](student, teacher, *rest)
-                if k in (1000, 32000)[kd:] and capability == 90:
-                    OPERATORS[f"{loss}_backward"](one, student, teacher, stats, *rest, True, True)
+                with nth_tile(which):
+                    if not kd:
+                        OPERATORS[f"{loss}_forward"](student, teacher, *rest)
+                    OPERATORS[f"{loss}_forward_grad"](student, teacher, *rest)
+                    if k in (1000, 32000)[kd:] and capability == 90:
+                        OPERATORS[f"{loss}_backward"](one, student, teacher, stats, *rest, True, True)
             OPERATORS["scale_gradient"](student, one)
             for row in report():
                 show(json.dumps({"classes": k, "dtype": str(dtype), **row}))

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast.triton.autotune import Tile
 from kdfast.triton.cross_entropy import STATS as HARD_STATS
 from kdfast.triton.cross_entropy import (
     add_block,
@@ -53,14 +54,14 @@ from kdfast.triton.launch import (
     grad_loss_of,
     grad_scale,
     gradient_args,
-    gradient_tile,
     load_tile,
     one_number,
     operators,
     row_offsets,
     store_gradient,
     store_loss,
-    tile_of_rows,
+    tiles_of_gradients,
+    tiles_of_rows,
     weight_of,
 )
 
@@ -366,46 +367,24 @@ class KlDivTau(Call):
         self, loss: Tensor | None, row_stats: Tensor | None, gradient: Tensor | None, divisor: Divisor
     ) -> Tensor:
         per_row = loss is not None
-        r, c, warps, resident = forward_tile(self.classes, self.dtype.itemsize, gradient is not None, self.hard is not None)
-        programs = triton.cdiv(self.rows, r)
-        if loss is None:
-            loss = self.empty((programs,))
+        tiles, resident = forward_tiles(self.classes, self.dtype.itemsize, gradient is not None, self.hard is not None)
         if resident:
-            if self.forgetful:
-                row_stats = None
-            self.launch_rows(per_row, loss, row_stats, None, gradient, None, divisor)
+            row_stats = None if self.forgetful else row_stats
+            given = per_row, None, divisor
+            tile = self.tile(tiles, KlDivTau.launch_rows, given, True, row_stats, gradient, None)
+            loss = self.empty((triton.cdiv(self.rows, tile.rows),)) if loss is None else loss
+            self.launch_rows(tile, *given, loss, row_stats, gradient, None)
             return loss
+        loss = self.empty((self.rows,)) if loss is None else loss
         at_once = gradient if self.row_bytes <= IN_L2 else None
         if row_stats is None and at_once is None:
             row_stats = self.empty((self.rows, self.stats))
-        blocks_kernel[(programs,)](
-            *self.inputs, *self.temperatures, *divisor, *self.hard_args(at_once is not None, loss),
-            loss, row_stats, *gradient_args(at_once),
-            **self.constants, PER_ROW=per_row, C=c, num_warps=warps,
-        )  # fmt: skip
+        tile = self.tile(tiles, KlDivTau.launch_blocks, (per_row, divisor), True, row_stats, at_once)
+        self.launch_blocks(tile, per_row, divisor, loss, row_stats, at_once)
         if gradient is not at_once:
             assert row_stats is not None
             self.launch_gradients(row_stats, None, gradient, None, divisor)
         return loss
-
-    def launch_rows(
-        self,
-        per_row: bool,
-        loss: Tensor | None,
-        row_stats: Tensor | None,
-        grad_loss: Tensor | None,
-        grad_student: Tensor | None,
-        grad_teacher: Tensor | None,
-        divisor: Divisor,
-    ) -> None:
-        r, c, warps, _ = forward_tile(self.classes, self.dtype.itemsize, grad_student is not None, self.hard is not None)
-        rows_kernel[(triton.cdiv(self.rows, r),)](
-            *self.inputs, *self.temperatures, *divisor,
-            *self.hard_args(grad_student is not None or grad_teacher is not None, loss), loss, row_stats,
-            grad_loss, 0 if grad_loss is None or one_number(grad_loss) else 1,
-            *gradient_args(grad_student), *gradient_args(grad_teacher),
-            **self.constants, SHARED=self.shared, PER_ROW=per_row, R=r, C=c, num_warps=warps,
-        )  # fmt: skip
 
     def launch_gradients(
         self,
@@ -416,31 +395,73 @@ class KlDivTau(Call):
         divisor: Divisor,
     ) -> None:
         if self.forgetful:
-            self.launch_rows(False, None, None, grad_loss, grad_student, grad_teacher, divisor)
+            tiles, _ = forward_tiles(self.classes, self.dtype.itemsize, True, self.hard is not None)
+            rest = False, grad_loss, divisor
+            tile = self.tile(tiles, KlDivTau.launch_rows, rest, None, None, grad_student, grad_teacher)
+            self.launch_rows(tile, *rest, None, None, grad_student, grad_teacher)
             return
+        given = row_stats, grad_loss, divisor
+        tiles = tiles_of_gradients(max(g.shape[-1] for g in (grad_student, grad_teacher) if g is not None), self.dtype.itemsize)
+        tile = self.tile(tiles, KlDivTau.launch_tiles, given, grad_student, grad_teacher)
+        self.launch_tiles(tile, *given, grad_student, grad_teacher)
+
+    def launch_rows(
+        self,
+        tile: Tile,
+        per_row: bool,
+        grad_loss: Tensor | None,
+        divisor: Divisor,
+        loss: Tensor | None,
+        row_stats: Tensor | None,
+        grad_student: Tensor | None,
+        grad_teacher: Tensor | None,
+    ) -> None:
+        rows_kernel[(triton.cdiv(self.rows, tile.rows),)](
+            *self.inputs, *self.temperatures, *divisor,
+            *self.hard_args(grad_student is not None or grad_teacher is not None, loss), loss, row_stats,
+            grad_loss, 0 if grad_loss is None or one_number(grad_loss) else 1,
+            *gradient_args(grad_student), *gradient_args(grad_teacher),
+            **self.constants, SHARED=self.shared, PER_ROW=per_row, R=tile.rows, C=tile.classes, num_warps=tile.warps,
+        )  # fmt: skip
+
+    def launch_blocks(
+        self, tile: Tile, per_row: bool, divisor: Divisor, loss: Tensor, row_stats: Tensor | None, gradient: Tensor | None
+    ) -> None:
+        blocks_kernel[(self.rows,)](
+            *self.inputs, *self.temperatures, *divisor, *self.hard_args(gradient is not None, loss),
+            loss, row_stats, *gradient_args(gradient),
+            **self.constants, PER_ROW=per_row, C=tile.classes, num_warps=tile.warps,
+        )  # fmt: skip
+
+    def launch_tiles(
+        self,
+        tile: Tile,
+        row_stats: Tensor,
+        grad_loss: Tensor | None,
+        divisor: Divisor,
+        grad_student: Tensor | None,
+        grad_teacher: Tensor | None,
+    ) -> None:
         width = max(g.shape[-1] for g in (grad_student, grad_teacher) if g is not None)
-        r, c, warps = gradient_tile(width, self.dtype.itemsize)
-        blocks = triton.cdiv(width, c)
-        gradient_kernel[(triton.cdiv(self.rows, r) * blocks,)](
+        blocks = triton.cdiv(width, tile.classes)
+        gradient_kernel[(triton.cdiv(self.rows, tile.rows) * blocks,)](
             *self.inputs, *self.temperatures, *divisor, *self.hard_args(True, None), row_stats,
             grad_loss, 0 if grad_loss is None or one_number(grad_loss) else 1,
             *gradient_args(grad_student), *gradient_args(grad_teacher), blocks,
-            **self.constants, R=r, C=c, num_warps=warps,
+            **self.constants, R=tile.rows, C=tile.classes, num_warps=tile.warps,
         )  # fmt: skip
 
 
-# A table rather than autotuning: a tile's width follows from the number of classes and from the registers (32 classes a thread, or 8 in
-# float64, take all of the 128 that 16 warps leave to each), so there is little to choose, and the choice is the same on every run.
-
-
-def forward_tile(classes: int, itemsize: int, with_gradient: bool, hard: bool) -> tuple[int, int, int, bool]:
-    """(rows a program, classes a tile, warps, whether a row lies in one tile)."""
+def forward_tiles(classes: int, itemsize: int, with_gradient: bool, hard: bool) -> tuple[tuple[Tile, ...], bool]:
+    """Tiles, and whether a row lies in one."""
     c = max(16, triton.next_power_of_2(classes))
     double = itemsize == 8
     largest = 4096 if double or not with_gradient else 16384  # without a gradient nothing is gained from keeping a longer row
     if c <= (largest // 2 if hard else largest):  # the hard part's exponentials take registers too
-        return *tile_of_rows(c, itemsize), True
-    return 1, 4096 if not double else 1024 if hard else 2048, 8, False
+        return tiles_of_rows(c, itemsize), True
+    if double:
+        return (Tile(1, 1024 if hard else 2048, 8),), False
+    return (Tile(1, 4096, 8), Tile(1, 2048, 8), Tile(1, 4096, 16)), False
 
 
 OPERATORS = operators(KlDivTau)

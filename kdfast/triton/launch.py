@@ -4,6 +4,7 @@ A step launches these kernels and a loss's own alone: no operator of torch runs 
 """
 
 import contextlib
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast.triton.autotune import Tile, choose, rows_to_measure
 from kdfast.triton.kl_math import number
 
 # Bytes of a row of both logits, of which two for each of 132 multiprocessors fit the 50 MiB L2 cache of an H100.
@@ -172,20 +174,30 @@ def scale_kernel(out, gradient, factor, size, IN_PLACE: tl.constexpr, BLOCK: tl.
 # ---- on the host -----------------------------------------------------------------------------------------------------------------
 
 
-def tile_of_rows(c: int, itemsize: int) -> tuple[int, int, int]:
-    """(rows a program, classes a tile, warps) for whole rows of up to c classes."""
+# Tiles, a list for autotune.choose: the first is taken where nothing is measured. Classes a thread are registers a thread: more of them
+# hide a load's latency within a warp, fewer leave room for more warps, and for barriers where these share a row. A program has 16 warps
+# at most: of 64 threads, as AMD's GPUs have them, more are not launched.
+
+
+def tiles_of_rows(c: int, itemsize: int) -> tuple[Tile, ...]:
+    """For whole rows of up to c classes."""
     double = itemsize == 8
     if c <= 512:
         together = 1024 if c == 16 and not double else 512
-        return together // c, c, 2
-    return 1, c, c // (256 if double else 1024)  # a row of 1k in one warp needs no barriers
+        first = Tile(together // c, c, 2)
+        return (first,) if double else (first, Tile(1024 // c, c, 4), Tile(2048 // c, c, 4))
+    first = Tile(1, c, c // (256 if double else 1024))  # a row of 1k in one warp needs no barriers
+    return (first,) if double or c > 8192 else (first, Tile(1, c, 2 * first.warps))
 
 
-def gradient_tile(width: int, itemsize: int) -> tuple[int, int, int]:
-    """(rows a program, classes a tile, warps). Nothing is shared but a row's statistics."""
+def tiles_of_gradients(width: int, itemsize: int) -> tuple[Tile, ...]:
+    """Where nothing is shared but a row's statistics."""
     a_warp = 256 if itemsize == 8 else 512
     c = min(4 * a_warp, max(16, triton.next_power_of_2(width)))
-    return tile_of_rows(c, itemsize) if c <= 512 else (1, c, c // a_warp)
+    if c <= 512:
+        return tiles_of_rows(c, itemsize)
+    first = Tile(1, c, c // a_warp)
+    return (first,) if itemsize == 8 else (first, Tile(1, c, 2 * first.warps))
 
 
 def merged_rows(logits: Tensor) -> tuple[int, ...] | None:
@@ -285,6 +297,7 @@ class Call:
         self.rows = self.shape.numel()
         self.classes = student.shape[-1] if num_classes < 0 else num_classes
         self.dtype = accumulate_type(student, teacher)
+        self.dtypes = student.dtype, teacher.dtype
         self.row_bytes = self.classes * (student.element_size() + teacher.element_size())
         self.device = student.device
         self.row_weight, self.denominator, self.number = row_weight, denominator, divisor
@@ -292,6 +305,7 @@ class Call:
         stride = 0 if row_weight is None or one_number(row_weight) else 1
         self.inputs = (*rows_of(student), *rows_of(teacher), row_weight, stride, self.rows, self.classes)
         widths = student.shape[-1], teacher.shape[-1]
+        self.of_rows: dict[str, Any] = {}  # and the last of kernels that need something of a whole row
         # and the last: V divides the start of every row and its length
         self.constants: dict[str, Any] = {
             "F": tl.float64 if self.dtype == torch.float64 else tl.float32,
@@ -316,6 +330,27 @@ class Call:
     ) -> None:
         """Fills the gradients that are not None."""
         raise NotImplementedError
+
+    def tile(
+        self, tiles: tuple[Tile, ...], launch: Callable[..., Any], given: tuple[Any, ...], *outputs: Tensor | bool | None
+    ) -> Tile:
+        """The one that launch(self, tile, *given, *outputs) is to take: launch starts one kernel, which fills the outputs that are not
+        None and whose last dimension is not over rows; True stands for one number a row."""
+        rows = rows_to_measure(self.rows, self.classes)
+        if rows == 0:
+            return tiles[0]
+
+        def trial() -> Callable[[Tile], Any]:
+            few = copy.copy(self)
+            few.rows, few.inputs = rows, (*self.inputs[:-2], rows, self.classes)
+            scratch = [
+                None if x is None else few.empty((rows,)) if x is True else few.empty((rows, x.shape[-1]), x.dtype)
+                for x in outputs
+            ]
+            return lambda tile: launch(few, tile, *given, *scratch)
+
+        kind = launch, triton.next_power_of_2(self.classes), *self.dtypes, self.device, tiles, tuple(x is None for x in outputs)
+        return choose((*kind, *self.constants.values(), *self.of_rows.values()), tiles, trial)
 
     def empty(self, shape: Any, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)

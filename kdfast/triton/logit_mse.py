@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast.triton.autotune import Tile
 from kdfast.triton.cross_entropy import STATS as HARD_STATS
 from kdfast.triton.cross_entropy import (
     add_block,
@@ -34,14 +35,14 @@ from kdfast.triton.launch import (
     grad_loss_of,
     grad_scale,
     gradient_args,
-    gradient_tile,
     load_tile,
     one_number,
     operators,
     row_offsets,
     store_gradient,
     store_loss,
-    tile_of_rows,
+    tiles_of_gradients,
+    tiles_of_rows,
     weight_of,
 )
 
@@ -373,25 +374,20 @@ class LogitDifference(Call):
         self, loss: Tensor | None, row_stats: Tensor | None, gradient: Tensor | None, divisor: Divisor
     ) -> Tensor:
         per_row = loss is not None
-        r, c, warps, resident = forward_tile(self.classes, self.dtype.itemsize, self.stats > 0, gradient is not None)
-        programs = triton.cdiv(self.rows, r)
-        if loss is None:
-            loss = self.empty((programs,))
+        tiles, resident = forward_tiles(self.classes, self.dtype.itemsize, self.stats > 0, gradient is not None)
         if self.stats == 0:
-            rows_kernel[(programs,)](
-                *self.inputs, *self.parameters, *divisor, loss, *gradient_args(gradient),
-                **self.constants, PER_ROW=per_row, R=r, C=c, num_warps=warps,
-            )  # fmt: skip
+            given = per_row, divisor
+            tile = self.tile(tiles, LogitDifference.launch_rows, given, True, gradient)
+            loss = self.empty((triton.cdiv(self.rows, tile.rows),)) if loss is None else loss
+            self.launch_rows(tile, *given, loss, gradient)
             return loss
         at_once = gradient if resident or self.row_bytes <= IN_L2 else None
         if row_stats is None and at_once is None:
             row_stats = self.empty((self.rows, self.stats))
-        row_kernel[(programs,)](
-            *self.inputs, *self.parameters, *divisor, *self.hard_args(at_once is not None, loss), loss, row_stats,
-            *gradient_args(at_once),
-            **self.constants, **self.of_rows, PER_ROW=per_row, R=r, C=c, EXACT=self.exact, RESIDENT=resident,
-            num_warps=warps,
-        )  # fmt: skip
+        given = per_row, resident, divisor
+        tile = self.tile(tiles, LogitDifference.launch_row, given, True, row_stats, at_once)
+        loss = self.empty((triton.cdiv(self.rows, tile.rows),)) if loss is None else loss
+        self.launch_row(tile, *given, loss, row_stats, at_once)
         if gradient is not at_once:
             assert row_stats is not None
             self.launch_gradients(row_stats, None, gradient, None, divisor)
@@ -405,28 +401,66 @@ class LogitDifference(Call):
         grad_teacher: Tensor | None,
         divisor: Divisor,
     ) -> None:
+        given = row_stats if self.stats else None, grad_loss, divisor
+        tiles = tiles_of_gradients(max(g.shape[-1] for g in (grad_student, grad_teacher) if g is not None), self.dtype.itemsize)
+        tile = self.tile(tiles, LogitDifference.launch_tiles, given, grad_student, grad_teacher)
+        self.launch_tiles(tile, *given, grad_student, grad_teacher)
+
+    def launch_rows(self, tile: Tile, per_row: bool, divisor: Divisor, loss: Tensor, gradient: Tensor | None) -> None:
+        rows_kernel[(triton.cdiv(self.rows, tile.rows),)](
+            *self.inputs, *self.parameters, *divisor, loss, *gradient_args(gradient),
+            **self.constants, PER_ROW=per_row, R=tile.rows, C=tile.classes, num_warps=tile.warps,
+        )  # fmt: skip
+
+    def launch_row(
+        self,
+        tile: Tile,
+        per_row: bool,
+        resident: bool,
+        divisor: Divisor,
+        loss: Tensor,
+        row_stats: Tensor | None,
+        gradient: Tensor | None,
+    ) -> None:
+        row_kernel[(triton.cdiv(self.rows, tile.rows),)](
+            *self.inputs, *self.parameters, *divisor, *self.hard_args(gradient is not None, loss), loss, row_stats,
+            *gradient_args(gradient),
+            **self.constants, **self.of_rows, PER_ROW=per_row, R=tile.rows, C=tile.classes, EXACT=self.exact, RESIDENT=resident,
+            num_warps=tile.warps,
+        )  # fmt: skip
+
+    def launch_tiles(
+        self,
+        tile: Tile,
+        row_stats: Tensor | None,
+        grad_loss: Tensor | None,
+        divisor: Divisor,
+        grad_student: Tensor | None,
+        grad_teacher: Tensor | None,
+    ) -> None:
         width = max(g.shape[-1] for g in (grad_student, grad_teacher) if g is not None)
-        r, c, warps = gradient_tile(width, self.dtype.itemsize)
-        blocks = triton.cdiv(width, c)
-        gradient_kernel[(triton.cdiv(self.rows, r) * blocks,)](
-            *self.inputs, *self.parameters, *divisor, *self.hard_args(True, None), row_stats if self.stats else None,
+        blocks = triton.cdiv(width, tile.classes)
+        gradient_kernel[(triton.cdiv(self.rows, tile.rows) * blocks,)](
+            *self.inputs, *self.parameters, *divisor, *self.hard_args(True, None), row_stats,
             grad_loss, 0 if grad_loss is None or one_number(grad_loss) else 1,
             *gradient_args(grad_student), *gradient_args(grad_teacher), blocks,
-            **self.constants, **self.of_rows, R=r, C=c, num_warps=warps,
+            **self.constants, **self.of_rows, R=tile.rows, C=tile.classes, num_warps=tile.warps,
         )  # fmt: skip
 
 
-def forward_tile(classes: int, itemsize: int, center: bool, with_gradient: bool) -> tuple[int, int, int, bool]:
-    """(rows a program, classes a tile, warps, whether a row lies in one tile)."""
+def forward_tiles(classes: int, itemsize: int, with_row: bool, with_gradient: bool) -> tuple[tuple[Tile, ...], bool]:
+    """Tiles, and whether a row lies in one. with_row: something is needed of it as a whole."""
     c = max(16, triton.next_power_of_2(classes))
     double = itemsize == 8
-    largest = 2048 if not center else 4096 if double or not with_gradient else 16384
+    largest = 2048 if not with_row else 4096 if double or not with_gradient else 16384
     resident = c <= largest
     if not resident:
         c = 2048
     if c <= 1024:
-        return *tile_of_rows(c, itemsize), True
-    return 1, c, max(4, min(16, c // (256 if double else 512))), resident
+        return tiles_of_rows(c, itemsize), True
+    warps = max(4, min(16, c // (256 if double else 512)))
+    first = Tile(1, c, warps)
+    return (first,) if double or warps == 16 else (first, Tile(1, c, 2 * warps)), resident
 
 
 class LogitMse(LogitDifference):
