@@ -30,6 +30,7 @@ class Loss(NamedTuple):
     backward_inplace: Any
     scale_gradient: Any
     scale_gradient_inplace: Any
+    forward_grads: Any  # with the teacher's gradient too; None where there is no such operator
     row_stats: Callable[..., int]
     reference: Callable[..., Any]
     values: int  # what forward returns beside the numbers of the rows: the loss, and parts of it that have no gradient
@@ -44,8 +45,9 @@ SCALING = ("scale_gradient", "scale_gradient_inplace")
 def _loss(namespace: str, name: str, row_stats: Callable[..., int], definition: Callable[..., Any], values: int = 1) -> Loss:
     ops = getattr(torch.ops, namespace)
     operators = [getattr(ops, each).default for each in (*(f"{name}_{kind}" for kind in KINDS), *SCALING)]
+    forward_grads = getattr(ops, f"{name}_forward_grads").default if namespace == "kdfast_triton" else None
     has_cuda_kernels = HAS_CUDA_KERNELS and torch._C._dispatch_has_kernel_for_dispatch_key(operators[0].name(), "CUDA")
-    return Loss._make([*operators, row_stats, definition, values, name, has_cuda_kernels])
+    return Loss._make([*operators, forward_grads, row_stats, definition, values, name, has_cuda_kernels])
 
 
 # The numbers a row, which the fakes need to know: as KlStat, MseStat, HuberStat and HardStat of csrc/kl_math.h count them.
@@ -81,18 +83,25 @@ def _triton_operator(name: str) -> Callable[..., Any]:
     return run
 
 
+def _define(library: torch.library.Library, schema: str, name: str) -> None:
+    library.define(schema)
+    for key in ("CUDA", "CPU"):  # the CPU's is for Triton's interpreter
+        library.impl(name, _triton_operator(name), key)
+
+
 def _define_triton(losses: tuple[Loss, ...]) -> list[torch.library.Library]:
-    """Gives every operator kdfast::X a twin kdfast_triton::X, and itself the same kernel on CUDA where the build has none there."""
+    """Gives every operator kdfast::X a twin kdfast_triton::X, and itself the same kernel on CUDA where the build has none there.
+    Each forward_grad has a forward_grads beside its twin."""
     twins = torch.library.Library("kdfast_triton", "DEF")
     stand_ins = torch.library.Library("kdfast", "IMPL")
     for operator in dict.fromkeys(operator for loss in losses for operator in loss[:6]):
         name = operator.name().removeprefix("kdfast::").removesuffix(".default")
-        run = _triton_operator(name)
-        twins.define(str(operator._schema).removeprefix("kdfast::"))
-        for key in ("CUDA", "CPU"):  # the CPU's is for Triton's interpreter
-            twins.impl(name, run, key)
+        schema = str(operator._schema).removeprefix("kdfast::")
+        _define(twins, schema, name)
+        if name.endswith("_forward_grad"):
+            _define(twins, schema.replace(name, f"{name}s").removesuffix(")") + ", Tensor)", f"{name}s")
         if not HAS_CUDA_KERNELS:
-            stand_ins.impl(name, run, "CUDA")
+            stand_ins.impl(name, _triton_operator(name), "CUDA")
     return [twins, stand_ins]  # an implementation lives as long as its library
 
 
@@ -126,9 +135,12 @@ def apply(
     if not (torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)):
         values: tuple[Tensor, ...] = loss.forward(student, teacher, *options, *given(target), *parameters)[:-1]
         return values
-    # The student's gradient alone, of a scalar, is written during the forward. Not in float16, where a gradient that GradScaler has
-    # not scaled yet underflows.
-    in_forward = not (teacher.requires_grad or options[3] == 0 or student.dtype == torch.float16 or inplace)
+    # Gradients of a scalar are written during the forward: the student's alone, or both where there is an operator for that. Not in
+    # float16, where a gradient that GradScaler has not scaled yet underflows.
+    in_forward = 0 if options[3] == 0 or student.dtype == torch.float16 or inplace else 1
+    if in_forward and teacher.requires_grad:
+        both = loss.forward_grads is not None and student.requires_grad and teacher.dtype != torch.float16
+        in_forward = 2 if both else 0
     call = (LOSSES.index(loss), options[2:], parameters, in_forward, inplace)
     result: tuple[Tensor, ...] = _Function.apply(student, teacher, options[0], options[1], target, call)
     return result
@@ -150,21 +162,21 @@ class _Function(torch.autograd.Function):
         row_weight: Tensor | None,
         denominator: Tensor | None,
         target: Tensor | None,
-        call: tuple[int, tuple[float | None, int, int], Parameters, bool, bool],
+        call: tuple[int, tuple[float | None, int, int], Parameters, int, bool],
     ) -> tuple[Tensor, ...]:
         index, numbers, parameters, in_forward, _ = ctx.call = call
         loss = LOSSES[index]
-        kernel = loss.forward_grad if in_forward else loss.forward
+        kernel = (loss.forward, loss.forward_grad, loss.forward_grads)[in_forward]
         values: tuple[Tensor, ...] = kernel(student, teacher, row_weight, denominator, *numbers, *given(target), *parameters)
         inputs: Inputs = (student, teacher, row_weight, denominator, target)
         ctx.unsaved = None if torch.compiler.is_compiling() else _made_in_inference_mode(*inputs)
         if ctx.unsaved is not None:
             inputs = tuple(x if y is None else None for x, y in zip(inputs, ctx.unsaved, strict=True))
-        ctx.save_for_backward(values[-1], *inputs)
+        ctx.save_for_backward(*inputs, *values[loss.values :])
         if loss.values > 1:
-            ctx.mark_non_differentiable(*values[1:-1])
+            ctx.mark_non_differentiable(*values[1 : loss.values])
             ctx.set_materialize_grads(False)
-        return values[:-1]
+        return values[: loss.values]
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *of_parts: None) -> tuple[Tensor | None, ...]:
@@ -172,14 +184,17 @@ class _Function(torch.autograd.Function):
             return (None,) * 6
         index, numbers, parameters, in_forward, inplace = ctx.call
         loss = LOSSES[index]
-        kept, *inputs = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        inputs, kept = saved[:5], saved[5:]
         create_graph = torch.is_grad_enabled()
+        for_student, for_teacher = ctx.needs_input_grad[:2]
         if in_forward and not create_graph:
-            return _scaled(loss, kept, grad_loss), None, None, None, None, None
+            grad_student = _scaled(loss, kept[0], grad_loss) if for_student else None
+            grad_teacher = _scaled(loss, kept[1], grad_loss) if for_teacher else None
+            return grad_student, grad_teacher, None, None, None, None
         if ctx.unsaved is not None:
             inputs = [x if y is None else y for x, y in zip(inputs, ctx.unsaved, strict=True)]
         student, teacher, row_weight, denominator, target = inputs
-        for_student, for_teacher = ctx.needs_input_grad[:2]
         options = (row_weight, denominator, *numbers)
         parameters = (*given(target), *parameters)
         grad_student = grad_teacher = None
@@ -189,13 +204,13 @@ class _Function(torch.autograd.Function):
             )
         elif inplace and for_student:
             grad_teacher = loss.backward_inplace(
-                _row_numbers(grad_loss), student, teacher, kept, *options, *parameters, for_teacher
+                _row_numbers(grad_loss), student, teacher, kept[0], *options, *parameters, for_teacher
             )
             torch.autograd.graph.increment_version(student)
             grad_student = student.detach()
         else:
             grad_student, grad_teacher = loss.backward(
-                _row_numbers(grad_loss), student, teacher, kept, *options, *parameters, for_student, for_teacher
+                _row_numbers(grad_loss), student, teacher, kept[0], *options, *parameters, for_student, for_teacher
             )
         return grad_student if for_student else None, grad_teacher if for_teacher else None, None, None, None, None
 
@@ -283,6 +298,9 @@ def _register_fakes(loss: Loss) -> None:
         dtype = accumulate(student, teacher)
         return (*(student.new_empty((), dtype=dtype) for _ in range(loss.values)), gradient(student, True))
 
+    def forward_grads(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return (*forward_grad(student, teacher, *rest), gradient(teacher, True))
+
     def backward(grad_loss: Tensor, student: Tensor, teacher: Tensor, row_stats: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         for_student, for_teacher = rest[-2:]
         return gradient(student, for_student), gradient(teacher, for_teacher)
@@ -292,6 +310,8 @@ def _register_fakes(loss: Loss) -> None:
 
     for operator, fake in zip(loss[:4], (forward, forward_grad, backward, backward_inplace), strict=True):
         torch.library.register_fake(operator.name())(fake)
+    if loss.forward_grads is not None:
+        torch.library.register_fake(loss.forward_grads.name())(forward_grads)
 
 
 for _loss_of in LOSSES:

@@ -61,6 +61,7 @@ def interpret() -> None:
             h.check(where, "kl_div_tau", student, teacher, tau=tau, grads="st", reduction="none", truth=truth)
     online(where)
     options(where)
+    both_gradients(where)
     specials(where)
     strides(where)
     agreement(where)
@@ -371,6 +372,32 @@ def options(where: h.Where) -> None:
     h.check(where, "kl_div_tau", student, teacher, tau=3.0, scale_by_tau_squared=False)
 
 
+def both_gradients(where: h.Where) -> None:
+    """Written by the forward, and asked for one by one, repeatedly, in any order."""
+    student, teacher = h.logits("typical", (3, 40), (torch.float32, torch.bfloat16))
+    long = h.logits("typical", (1, 40_000))  # its rows are read again, after a first kernel
+    for loss, (s, t) in itertools.product(("kl_div_tau", "logit_mse", "logit_huber", "kd_loss"), ((student, teacher), long)):
+        truth = h.oracle(loss, s, t, grad_output=3.0)
+        leaves = [x.clone().requires_grad_() for x in (s, t)]
+        value = where.call(loss, *leaves)
+        assert len(value.grad_fn.saved_tensors) == 7
+        up = torch.tensor(3.0)
+        for wanted in ((0,), (1,), (0, 1), (1, 0)):
+            got = torch.autograd.grad(value, [leaves[i] for i in wanted], up, retain_graph=wanted != (1, 0))
+            for i, gradient in zip(wanted, got, strict=True):
+                want = (truth.student, truth.teacher)[i]
+                h.check_grad(gradient, want, (s, t)[i], (s, t), stored=3.0)
+    for dtypes in (
+        (torch.float16, torch.bfloat16),
+        (torch.bfloat16, torch.float16),
+    ):  # a small gradient of float16 is not stored
+        leaves = [x.clone().requires_grad_() for x in h.logits("typical", (3, 40), dtypes)]
+        value = where.call("kl_div_tau", *leaves)
+        assert value.grad_fn.saved_tensors[-1].shape == (3, 9)
+        got = torch.autograd.grad(value * 2.0**-20, leaves)
+        assert all(g.float().abs().max() > 0 for g in got)
+
+
 def specials(where: h.Where) -> None:
     for k in (12, 4600):
         student, teacher = h.logits("typical", (6, k))
@@ -523,9 +550,10 @@ def compiled_graph() -> None:
         ("kd_loss", (target, 1.0, 0.9, 1, -100, 0.1), 7),
     ):
         operators = {
-            kind: getattr(torch.ops.kdfast_triton, f"{loss}_{kind}").default for kind in ("forward", "forward_grad", "backward")
+            kind: getattr(torch.ops.kdfast_triton, f"{loss}_{kind}").default
+            for kind in ("forward", "forward_grad", "forward_grads", "backward")
         }
-        for kind in ("forward", "forward_grad"):
+        for kind in ("forward", "forward_grad", "forward_grads"):
             torch.library.opcheck(operators[kind], (student, teacher, *options, *extra))
         *_, stats = operators["forward"](student, teacher, *options, *extra)
         assert stats.shape == (3, numbers)

@@ -184,11 +184,11 @@ def blocks_kernel(
     ratio: "fp64", inv_tau: "fp64", student_log2: "fp64", teacher_log2: "fp64", scale: "fp64", for_student: "fp64", for_teacher: "fp64",
     divisor: "fp64", divisor_tensor,
     target, target_stride, ignore_index, smoothing: "fp64", hard_divisor: "fp64", hard_divisor_tensor, hard_loss,
-    loss, row_stats, grad_student, student_grad_layout, student_width,
+    loss, row_stats, grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width,
     F: tl.constexpr, READ: tl.constexpr, STATS: tl.constexpr, HARD: tl.constexpr, SMOOTHED: tl.constexpr,
     PER_ROW: tl.constexpr, C: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """One row, block by block: its loss, and what is wanted of its statistics and the student's gradient."""
+    """One row, block by block: its loss, and what is wanted of its statistics and gradients."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     k = tl.arange(0, C)
     factor = weight_of(row_weight, weight_stride, row, rows, F)
@@ -279,10 +279,10 @@ def blocks_kernel(
             store_hard_stats(row_stats, row * STATS + (STATS - HARD_STATS), row < rows, counts, new_top, hard_inv_z, slope)
     if row_stats is not None:
         _store_stats(row_stats, row, row < rows, frame, mean, shift, inv_s0, inv_z, STATS)
-    if grad_student is not None:
+    if grad_student is not None or grad_teacher is not None:
         hard_factor = factor * grad_scale(hard_divisor, hard_divisor_tensor, F)
         factor *= grad_scale(divisor, divisor_tensor, F)
-        blocks = tl.cdiv(student_width, C)
+        blocks = tl.cdiv(tl.maximum(student_width, teacher_width), C)
         for block in range(blocks):
             at = (blocks - 1 - block) * C + k  # the last one is the likeliest to be in the cache still
             mask = used[:, None] & (at < end)[None, :]
@@ -296,7 +296,7 @@ def blocks_kernel(
                 hard = hard_gradient(e, at, column, counts, hard_inv_z, slope, hard_factor, smoothing, classes, F)
             _store_gradients(
                 w, v, y, mean, shift, inv_s0, inv_z, used, factor, hard, for_student, for_teacher, row, at, rows, classes,
-                grad_student, student_grad_layout, student_width, None, None, 0, F, HARD, V, PADDED,
+                grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width, F, HARD, V, PADDED,
             )  # fmt: skip
 
 
@@ -364,26 +364,31 @@ class KlDivTau(Call):
         self.forgetful = self.row_bytes < 10 * self.stats * self.dtype.itemsize
 
     def launch_forward(
-        self, loss: Tensor | None, row_stats: Tensor | None, gradient: Tensor | None, divisor: Divisor
+        self,
+        loss: Tensor | None,
+        row_stats: Tensor | None,
+        grad_student: Tensor | None,
+        grad_teacher: Tensor | None,
+        divisor: Divisor,
     ) -> Tensor:
-        per_row = loss is not None
-        tiles, resident = forward_tiles(self.classes, self.dtype.itemsize, gradient is not None, self.hard is not None)
+        per_row, gradients = loss is not None, (grad_student, grad_teacher)
+        tiles, resident = forward_tiles(self.classes, self.dtype.itemsize, grad_student is not None, self.hard is not None)
         if resident:
             row_stats = None if self.forgetful else row_stats
             given = per_row, None, divisor
-            tile = self.tile(tiles, KlDivTau.launch_rows, given, True, row_stats, gradient, None)
+            tile = self.tile(tiles, KlDivTau.launch_rows, given, True, row_stats, *gradients)
             loss = self.empty((triton.cdiv(self.rows, tile.rows),)) if loss is None else loss
-            self.launch_rows(tile, *given, loss, row_stats, gradient, None)
+            self.launch_rows(tile, *given, loss, row_stats, *gradients)
             return loss
         loss = self.empty((self.rows,)) if loss is None else loss
-        at_once = gradient if self.row_bytes <= IN_L2 else None
-        if row_stats is None and at_once is None:
+        at_once = gradients if self.row_bytes <= IN_L2 else (None, None)
+        if row_stats is None and at_once[0] is None:
             row_stats = self.empty((self.rows, self.stats))
-        tile = self.tile(tiles, KlDivTau.launch_blocks, (per_row, divisor), True, row_stats, at_once)
-        self.launch_blocks(tile, per_row, divisor, loss, row_stats, at_once)
-        if gradient is not at_once:
+        tile = self.tile(tiles, KlDivTau.launch_blocks, (per_row, divisor), True, row_stats, *at_once)
+        self.launch_blocks(tile, per_row, divisor, loss, row_stats, *at_once)
+        if grad_student is not at_once[0]:
             assert row_stats is not None
-            self.launch_gradients(row_stats, None, gradient, None, divisor)
+            self.launch_gradients(row_stats, None, *gradients, divisor)
         return loss
 
     def launch_gradients(
@@ -425,11 +430,18 @@ class KlDivTau(Call):
         )  # fmt: skip
 
     def launch_blocks(
-        self, tile: Tile, per_row: bool, divisor: Divisor, loss: Tensor, row_stats: Tensor | None, gradient: Tensor | None
+        self,
+        tile: Tile,
+        per_row: bool,
+        divisor: Divisor,
+        loss: Tensor,
+        row_stats: Tensor | None,
+        grad_student: Tensor | None,
+        grad_teacher: Tensor | None,
     ) -> None:
         blocks_kernel[(self.rows,)](
-            *self.inputs, *self.temperatures, *divisor, *self.hard_args(gradient is not None, loss),
-            loss, row_stats, *gradient_args(gradient),
+            *self.inputs, *self.temperatures, *divisor, *self.hard_args(grad_student is not None, loss),
+            loss, row_stats, *gradient_args(grad_student), *gradient_args(grad_teacher),
             **self.constants, PER_ROW=per_row, C=tile.classes, num_warps=tile.warps,
         )  # fmt: skip
 

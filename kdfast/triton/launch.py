@@ -315,7 +315,12 @@ class Call:
 
     # Each launches kernels over all rows.
     def launch_forward(
-        self, loss: Tensor | None, row_stats: Tensor | None, gradient: Tensor | None, divisor: Divisor
+        self,
+        loss: Tensor | None,
+        row_stats: Tensor | None,
+        grad_student: Tensor | None,
+        grad_teacher: Tensor | None,
+        divisor: Divisor,
     ) -> Tensor:
         """Fills loss, one value a row; or, where it is None, returns partial sums. Fills the others that are not None."""
         raise NotImplementedError
@@ -429,7 +434,7 @@ def _over(factor: float, divisor: Divisor) -> Divisor:
 
 
 def operators(loss: Callable[..., Call]) -> dict[str, Callable[..., Any]]:
-    """A loss's operators, as csrc/ops.cpp declares them."""
+    """A loss's operators, as csrc/ops.cpp declares them; and forward_grads, a forward_grad that has the teacher's gradient too."""
 
     def forward(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         call = loss(student, teacher, *rest)
@@ -438,17 +443,24 @@ def operators(loss: Callable[..., Call]) -> dict[str, Callable[..., Any]]:
         with on_device(student):
             value = call.empty((0,)) if per_row is None else per_row
             if call.rows > 0:
-                value = call.launch_forward(per_row, row_stats if call.stats else None, None, (1.0, None))
+                value = call.launch_forward(per_row, row_stats if call.stats else None, None, None, (1.0, None))
             return *call.values(value, None if per_row is not None else call.divisor()), row_stats
 
-    def forward_grad(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        call = loss(student, teacher, *rest)
-        gradient = new_gradient(student)
-        with on_device(student):
+    def with_gradients(grad_student: Tensor, grad_teacher: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+        call = loss(*inputs)
+        with on_device(grad_student):
             divisor, partial = call.divisor(), call.empty((0,))
             if call.rows > 0:
-                partial = call.launch_forward(None, None, gradient, call.for_gradient(divisor))
-            return *call.values(partial, divisor), gradient
+                partial = call.launch_forward(None, None, grad_student, grad_teacher, call.for_gradient(divisor))
+            return call.values(partial, divisor)
+
+    def forward_grad(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        gradient = new_gradient(student)
+        return *with_gradients(gradient, None, student, teacher, *rest), gradient
+
+    def forward_grads(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        gradients = new_gradient(student), new_gradient(teacher)
+        return *with_gradients(*gradients, student, teacher, *rest), *gradients
 
     def into(
         grad_student: Tensor | None, grad_teacher: Tensor | None, grad_loss: Tensor, student: Tensor, teacher: Tensor, row_stats: Tensor,
@@ -472,7 +484,7 @@ def operators(loss: Callable[..., Call]) -> dict[str, Callable[..., Any]]:
         into(student, grad_teacher if for_teacher else None, grad_loss, student, teacher, row_stats, *rest)
         return grad_teacher
 
-    return {f.__name__: f for f in (forward, forward_grad, backward, backward_inplace)}
+    return {f.__name__: f for f in (forward, forward_grad, forward_grads, backward, backward_inplace)}
 
 
 def new_gradient(like: Tensor, wanted: bool = True) -> Tensor:

@@ -137,28 +137,47 @@ def _part(s, t, s_offset, t_offset, F: tl.constexpr, CENTER: tl.constexpr):
         return d, counts, tl.sum(counts.to(F), 1), tl.zeros_like(s_offset), tl.sum(d * d, 1)
 
 
+@triton.jit
+def _store_gradients(
+    g, hard, row, k, rows, classes,
+    grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width,
+    HARD: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """A tile of the gradients that are wanted. g: the student's of the soft part; hard: of the hard part."""
+    if grad_teacher is not None:
+        for_teacher = tl.zeros_like(g) if HARD == "alone" else -g
+        store_gradient(grad_teacher, teacher_grad_layout, teacher_width, row, k, rows, classes, for_teacher, V, PADDED)
+    if grad_student is not None:
+        g = with_hard(g, hard, HARD)
+        store_gradient(grad_student, student_grad_layout, student_width, row, k, rows, classes, g, V, PADDED)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def rows_kernel(
     student, student_layout, teacher, teacher_layout, row_weight, weight_stride, rows, classes,
-    scale: "fp64", delta: "fp64", divisor: "fp64", divisor_tensor, loss, grad_student, grad_layout, width,
+    scale: "fp64", delta: "fp64", divisor: "fp64", divisor_tensor, loss,
+    grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width,
     F: tl.constexpr, KIND: tl.constexpr, PER_ROW: tl.constexpr, R: tl.constexpr, C: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """R rows without `center`: their loss and, where wanted, the student's gradient."""
+    """R rows without `center`: their loss and the gradients that are wanted."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     weight = weight_of(row_weight, weight_stride, row, rows, F)
     used = weight != 0.0
     factor = number(scale, F) * weight
     total = tl.zeros([R, C], F)
-    for start in range(0, tl.maximum(classes, width), C):
+    for start in range(0, tl.maximum(classes, tl.maximum(student_width, teacher_width)), C):
         k = start + tl.arange(0, C)
         mask = used[:, None] & (k < aligned(classes, V))[None, :]
         s = load_tile(student, student_layout, row, k, mask, F, V)
         t = load_tile(teacher, teacher_layout, row, k, mask, F, V)
         d, _counts = _differences(s, t)
         total += _value(d, delta, F, KIND)
-        if grad_student is not None:
+        if grad_student is not None or grad_teacher is not None:
             g = _slope(d, delta, F, KIND) * (factor * grad_scale(divisor, divisor_tensor, F))[:, None]
-            store_gradient(grad_student, grad_layout, width, row, k, rows, classes, g, V, PADDED)
+            _store_gradients(
+                g, None, row, k, rows, classes,
+                grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width, "", V, PADDED,
+            )  # fmt: skip
     store_loss(loss, row, rows, tl.where(used, tl.sum(total, 1) * factor, 0.0), PER_ROW)
 
 
@@ -167,12 +186,12 @@ def row_kernel(
     student, student_layout, teacher, teacher_layout, row_weight, weight_stride, rows, classes,
     scale: "fp64", delta: "fp64", divisor: "fp64", divisor_tensor,
     target, target_stride, ignore_index, smoothing: "fp64", hard_divisor: "fp64", hard_divisor_tensor, hard_loss,
-    loss, row_stats, grad_student, grad_layout, width,
+    loss, row_stats, grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width,
     F: tl.constexpr, KIND: tl.constexpr, STATS: tl.constexpr, CENTER: tl.constexpr, PER_CLASS: tl.constexpr,
     HARD: tl.constexpr, SMOOTHED: tl.constexpr, PER_ROW: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr, RESIDENT: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """R rows with `center` or a hard part: their loss, and what is wanted of their statistics and the student's gradient.
+    """R rows with `center` or a hard part: their loss, and what is wanted of their statistics and gradients.
     EXACT: sixteen bits a logit, whose differences need no offset."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     weight = weight_of(row_weight, weight_stride, row, rows, F)
@@ -257,7 +276,8 @@ def row_kernel(
             store_hard_stats(
                 row_stats, row * STATS + (STATS - HARD_STATS), row < rows, counts_hard, top, hard_inv_z, hard_slope
             )
-    if grad_student is not None:
+    if grad_student is not None or grad_teacher is not None:
+        width = tl.maximum(student_width, teacher_width)
         factor = tl.where(used, grad_scale(divisor, divisor_tensor, F) * weight * row_scale, 0.0)
         hard_factor = weight * grad_scale(hard_divisor, hard_divisor_tensor, F)
         if RESIDENT:
@@ -266,9 +286,11 @@ def row_kernel(
             if HARD != "":
                 e = exponentials(s, top)
                 hard = hard_gradient(e, k, column, counts_hard, hard_inv_z, hard_slope, hard_factor, smoothing, classes, F)
-            g = with_hard(g, hard, HARD)
             for start in range(0, width if PADDED else 1, C):  # beyond the first tile all is padding
-                store_gradient(grad_student, grad_layout, width, row, start + k, rows, classes, g, V, PADDED)
+                _store_gradients(
+                    g, hard, row, start + k, rows, classes,
+                    grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width, HARD, V, PADDED,
+                )  # fmt: skip
         else:
             blocks = tl.cdiv(width, C)
             for block in range(blocks):
@@ -283,8 +305,10 @@ def row_kernel(
                 if HARD != "":
                     e = exponentials(s, top)
                     hard = hard_gradient(e, at, column, counts_hard, hard_inv_z, hard_slope, hard_factor, smoothing, classes, F)
-                g = with_hard(g, hard, HARD)
-                store_gradient(grad_student, grad_layout, width, row, at, rows, classes, g, V, PADDED)
+                _store_gradients(
+                    g, hard, row, at, rows, classes,
+                    grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width, HARD, V, PADDED,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -332,12 +356,10 @@ def gradient_kernel(
         d, _counts = _differences(s, t)
         slope = _slope(d, delta, F, KIND)
     g = slope * tl.where(used, factor, 0.0)[:, None]
-    if grad_teacher is not None:
-        for_teacher = tl.zeros_like(g) if HARD == "alone" else -g
-        store_gradient(grad_teacher, teacher_grad_layout, teacher_width, row, k, rows, classes, for_teacher, V, PADDED)
-    if grad_student is not None:
-        g = with_hard(g, hard, HARD)
-        store_gradient(grad_student, student_grad_layout, student_width, row, k, rows, classes, g, V, PADDED)
+    _store_gradients(
+        g, hard, row, k, rows, classes, grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width,
+        HARD, V, PADDED,
+    )  # fmt: skip
 
 
 # ---- on the host -----------------------------------------------------------------------------------------------------------------
@@ -371,26 +393,30 @@ class LogitDifference(Call):
         self.exact = student.element_size() == 2 and teacher.element_size() == 2
 
     def launch_forward(
-        self, loss: Tensor | None, row_stats: Tensor | None, gradient: Tensor | None, divisor: Divisor
+        self,
+        loss: Tensor | None,
+        row_stats: Tensor | None,
+        grad_student: Tensor | None,
+        grad_teacher: Tensor | None,
+        divisor: Divisor,
     ) -> Tensor:
-        per_row = loss is not None
-        tiles, resident = forward_tiles(self.classes, self.dtype.itemsize, self.stats > 0, gradient is not None)
+        per_row, gradients = loss is not None, (grad_student, grad_teacher)
+        tiles, resident = forward_tiles(self.classes, self.dtype.itemsize, self.stats > 0, grad_student is not None)
         if self.stats == 0:
-            given = per_row, divisor
-            tile = self.tile(tiles, LogitDifference.launch_rows, given, True, gradient)
+            tile = self.tile(tiles, LogitDifference.launch_rows, (per_row, divisor), True, *gradients)
             loss = self.empty((triton.cdiv(self.rows, tile.rows),)) if loss is None else loss
-            self.launch_rows(tile, *given, loss, gradient)
+            self.launch_rows(tile, per_row, divisor, loss, *gradients)
             return loss
-        at_once = gradient if resident or self.row_bytes <= IN_L2 else None
-        if row_stats is None and at_once is None:
+        at_once = gradients if resident or self.row_bytes <= IN_L2 else (None, None)
+        if row_stats is None and at_once[0] is None:
             row_stats = self.empty((self.rows, self.stats))
         given = per_row, resident, divisor
-        tile = self.tile(tiles, LogitDifference.launch_row, given, True, row_stats, at_once)
+        tile = self.tile(tiles, LogitDifference.launch_row, given, True, row_stats, *at_once)
         loss = self.empty((triton.cdiv(self.rows, tile.rows),)) if loss is None else loss
-        self.launch_row(tile, *given, loss, row_stats, at_once)
-        if gradient is not at_once:
+        self.launch_row(tile, *given, loss, row_stats, *at_once)
+        if grad_student is not at_once[0]:
             assert row_stats is not None
-            self.launch_gradients(row_stats, None, gradient, None, divisor)
+            self.launch_gradients(row_stats, None, *gradients, divisor)
         return loss
 
     def launch_gradients(
@@ -406,9 +432,17 @@ class LogitDifference(Call):
         tile = self.tile(tiles, LogitDifference.launch_tiles, given, grad_student, grad_teacher)
         self.launch_tiles(tile, *given, grad_student, grad_teacher)
 
-    def launch_rows(self, tile: Tile, per_row: bool, divisor: Divisor, loss: Tensor, gradient: Tensor | None) -> None:
+    def launch_rows(
+        self,
+        tile: Tile,
+        per_row: bool,
+        divisor: Divisor,
+        loss: Tensor,
+        grad_student: Tensor | None,
+        grad_teacher: Tensor | None,
+    ) -> None:
         rows_kernel[(triton.cdiv(self.rows, tile.rows),)](
-            *self.inputs, *self.parameters, *divisor, loss, *gradient_args(gradient),
+            *self.inputs, *self.parameters, *divisor, loss, *gradient_args(grad_student), *gradient_args(grad_teacher),
             **self.constants, PER_ROW=per_row, R=tile.rows, C=tile.classes, num_warps=tile.warps,
         )  # fmt: skip
 
@@ -420,11 +454,12 @@ class LogitDifference(Call):
         divisor: Divisor,
         loss: Tensor,
         row_stats: Tensor | None,
-        gradient: Tensor | None,
+        grad_student: Tensor | None,
+        grad_teacher: Tensor | None,
     ) -> None:
         row_kernel[(triton.cdiv(self.rows, tile.rows),)](
-            *self.inputs, *self.parameters, *divisor, *self.hard_args(gradient is not None, loss), loss, row_stats,
-            *gradient_args(gradient),
+            *self.inputs, *self.parameters, *divisor, *self.hard_args(grad_student is not None, loss), loss, row_stats,
+            *gradient_args(grad_student), *gradient_args(grad_teacher),
             **self.constants, **self.of_rows, PER_ROW=per_row, R=tile.rows, C=tile.classes, EXACT=self.exact, RESIDENT=resident,
             num_warps=tile.warps,
         )  # fmt: skip
