@@ -360,8 +360,8 @@ class KlDivTau(Call):
         )  # fmt: skip
         sixteen_bits = student.element_size() == 2 and teacher.element_size() == 2
         self.constants["READ"] = "scaled" if tau != teacher_tau else "exact" if sixteen_bits else "shifted"
-        # A row's statistics would be more than a tenth of its logits: its backward computes them again.
-        self.forgetful = self.row_bytes < 10 * self.stats * self.dtype.itemsize
+        # A row's statistics would be more than a fortieth of its logits: its backward computes them again.
+        self.forgetful = self.row_bytes < 40 * self.stats * self.dtype.itemsize
 
     def launch_forward(
         self,
@@ -473,7 +473,7 @@ def forward_tiles(classes: int, itemsize: int, with_gradient: bool, hard: bool) 
         return tiles_of_rows(c, itemsize), True
     if double:
         return (Tile(1, 1024 if hard else 2048, 8),), False
-    return (Tile(1, 4096, 8), Tile(1, 2048, 8), Tile(1, 4096, 16)), False
+    return (Tile(1, 2048, 8), Tile(1, 4096, 8), Tile(1, 4096, 16)), False
 
 
 OPERATORS = operators(KlDivTau)
