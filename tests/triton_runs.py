@@ -570,7 +570,7 @@ def emulate(counts: Path) -> None:
     def begin(*case: object) -> None:
         show(json.dumps([*case, counts.read_text().count("\n") if counts.exists() else 0]))
 
-    for k, rows in ((10, 256), (1000, 8), (1003, 8), (4096, 4), (16000, 2), (32000, 2), (128256, 1)):
+    for k, rows in ((10, 256), (104, 40), (1000, 8), (1003, 8), (4096, 4), (16000, 2), (32000, 2), (128256, 1)):
         for pair in ("bf16", "fp32"):
             student, teacher = h.logits("typical", (rows, k), h.PAIRS[pair])
             truth = h.oracle("kl_div_tau", student, teacher, 4.0, reduction="mean")
@@ -591,6 +591,8 @@ def emulate(counts: Path) -> None:
                 h.check(where, "kd_loss", student, teacher, soft=soft, label_smoothing=0.1)
             begin(k, pair, rows * k, "mse")
             h.check(where, "logit_mse", student, teacher)
+            begin(k, pair, rows * k, "centred")
+            h.check(where, "logit_mse", student, teacher, center=True, grads="")
             begin(k, pair, rows * k, "huber")
             h.check(where, "logit_huber", student, teacher)
     begin(0, "", 0, "")

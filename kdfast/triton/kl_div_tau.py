@@ -360,8 +360,6 @@ class KlDivTau(Call):
         )  # fmt: skip
         sixteen_bits = student.element_size() == 2 and teacher.element_size() == 2
         self.constants["READ"] = "scaled" if tau != teacher_tau else "exact" if sixteen_bits else "shifted"
-        # A row's statistics would be more than a fortieth of its logits: its backward computes them again.
-        self.forgetful = self.row_bytes < 40 * self.stats * self.dtype.itemsize
 
     def launch_forward(
         self,

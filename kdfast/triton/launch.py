@@ -313,6 +313,11 @@ class Call:
             "PADDED": self.classes < max(widths),
         }
 
+    @property
+    def forgetful(self) -> bool:
+        """Whether the statistics would be more than a fortieth of the logits: a row's backward computes them again."""
+        return self.row_bytes < 40 * self.stats * self.dtype.itemsize
+
     # Each launches kernels over all rows.
     def launch_forward(
         self,

@@ -186,7 +186,8 @@ def row_kernel(
     student, student_layout, teacher, teacher_layout, row_weight, weight_stride, rows, classes,
     scale: "fp64", delta: "fp64", divisor: "fp64", divisor_tensor,
     target, target_stride, ignore_index, smoothing: "fp64", hard_divisor: "fp64", hard_divisor_tensor, hard_loss,
-    loss, row_stats, grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width,
+    loss, row_stats, grad_loss, grad_loss_stride,
+    grad_student, student_grad_layout, student_width, grad_teacher, teacher_grad_layout, teacher_width,
     F: tl.constexpr, KIND: tl.constexpr, STATS: tl.constexpr, CENTER: tl.constexpr, PER_CLASS: tl.constexpr,
     HARD: tl.constexpr, SMOOTHED: tl.constexpr, PER_ROW: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr, RESIDENT: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr,
@@ -262,8 +263,10 @@ def row_kernel(
         if SMOOTHED:
             below_mean = below_sum / classes + (top - first_top)
         hard_value, hard_inv_z, hard_slope = hard_of_row(top, s_target, column, others, below_mean, smoothing, F)
-        store_loss(hard_loss, row, rows, tl.where(counts_hard, hard_value * weight, 0.0), PER_ROW)
-    store_loss(loss, row, rows, tl.where(used, total * row_scale * weight, 0.0), PER_ROW)
+        if hard_loss is not None:
+            store_loss(hard_loss, row, rows, tl.where(counts_hard, hard_value * weight, 0.0), PER_ROW)
+    if loss is not None:
+        store_loss(loss, row, rows, tl.where(used, total * row_scale * weight, 0.0), PER_ROW)
     if row_stats is not None:
         at = row_stats + row * STATS
         tl.store(at, s_offset, mask=row < rows)
@@ -278,6 +281,7 @@ def row_kernel(
             )
     if grad_student is not None or grad_teacher is not None:
         width = tl.maximum(student_width, teacher_width)
+        weight *= grad_loss_of(grad_loss, grad_loss_stride, row, rows, F)
         factor = tl.where(used, grad_scale(divisor, divisor_tensor, F) * weight * row_scale, 0.0)
         hard_factor = weight * grad_scale(hard_divisor, hard_divisor_tensor, F)
         if RESIDENT:
@@ -407,10 +411,12 @@ class LogitDifference(Call):
             loss = self.empty((triton.cdiv(self.rows, tile.rows),)) if loss is None else loss
             self.launch_rows(tile, per_row, divisor, loss, *gradients)
             return loss
+        if self.forgetful:
+            row_stats = None
         at_once = gradients if resident or self.row_bytes <= IN_L2 else (None, None)
         if row_stats is None and at_once[0] is None:
             row_stats = self.empty((self.rows, self.stats))
-        given = per_row, resident, divisor
+        given = per_row, resident, None, divisor
         tile = self.tile(tiles, LogitDifference.launch_row, given, True, row_stats, *at_once)
         loss = self.empty((triton.cdiv(self.rows, tile.rows),)) if loss is None else loss
         self.launch_row(tile, *given, loss, row_stats, *at_once)
@@ -427,6 +433,12 @@ class LogitDifference(Call):
         grad_teacher: Tensor | None,
         divisor: Divisor,
     ) -> None:
+        if self.forgetful:
+            tiles, resident = forward_tiles(self.classes, self.dtype.itemsize, True, True)
+            rest = False, resident, grad_loss, divisor
+            tile = self.tile(tiles, LogitDifference.launch_row, rest, None, None, grad_student, grad_teacher)
+            self.launch_row(tile, *rest, None, None, grad_student, grad_teacher)
+            return
         given = row_stats if self.stats else None, grad_loss, divisor
         tiles = tiles_of_gradients(max(g.shape[-1] for g in (grad_student, grad_teacher) if g is not None), self.dtype.itemsize)
         tile = self.tile(tiles, LogitDifference.launch_tiles, given, grad_student, grad_teacher)
@@ -451,14 +463,16 @@ class LogitDifference(Call):
         tile: Tile,
         per_row: bool,
         resident: bool,
+        grad_loss: Tensor | None,
         divisor: Divisor,
-        loss: Tensor,
+        loss: Tensor | None,
         row_stats: Tensor | None,
         grad_student: Tensor | None,
         grad_teacher: Tensor | None,
     ) -> None:
         row_kernel[(triton.cdiv(self.rows, tile.rows),)](
-            *self.inputs, *self.parameters, *divisor, *self.hard_args(grad_student is not None, loss), loss, row_stats,
+            *self.inputs, *self.parameters, *divisor, *self.hard_args(grad_student is not None or grad_teacher is not None, loss),
+            loss, row_stats, grad_loss, 0 if grad_loss is None or one_number(grad_loss) else 1,
             *gradient_args(grad_student), *gradient_args(grad_teacher),
             **self.constants, **self.of_rows, PER_ROW=per_row, R=tile.rows, C=tile.classes, EXACT=self.exact, RESIDENT=resident,
             num_warps=tile.warps,
