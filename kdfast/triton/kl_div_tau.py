@@ -380,7 +380,7 @@ class KlDivTau(Call):
             return loss
         loss = self.empty((self.rows,)) if loss is None else loss
         at_once = gradients if self.row_bytes <= IN_L2 else (None, None)
-        if row_stats is None and at_once[0] is None:
+        if row_stats is None and grad_student is not at_once[0]:
             row_stats = self.empty((self.rows, self.stats))
         tile = self.tile(tiles, KlDivTau.launch_blocks, (per_row, divisor), True, row_stats, *at_once)
         self.launch_blocks(tile, per_row, divisor, loss, row_stats, *at_once)

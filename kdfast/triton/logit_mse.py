@@ -414,7 +414,7 @@ class LogitDifference(Call):
         if self.forgetful:
             row_stats = None
         at_once = gradients if resident or self.row_bytes <= IN_L2 else (None, None)
-        if row_stats is None and at_once[0] is None:
+        if row_stats is None and grad_student is not at_once[0]:
             row_stats = self.empty((self.rows, self.stats))
         given = per_row, resident, None, divisor
         tile = self.tile(tiles, LogitDifference.launch_row, given, True, row_stats, *at_once)
