@@ -536,13 +536,13 @@ def gradcheck() -> None:
 def compiled_graph() -> None:
     student, teacher = h.logits("typical", (3, 300))  # a shorter row's statistics are not filled: its backward makes them anew
     target = torch.tensor([1, -100, 299])
-    for loss, extra in ((kdfast.kl_div_tau, ()), (kdfast.kd_loss, (target,))):
+    for (loss, extra), sides in itertools.product(((kdfast.kl_div_tau, ()), (kdfast.kd_loss, (target,))), (1, 2)):
         grads = []
         for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-            leaf = student.clone().requires_grad_()
-            call(leaf, teacher, *extra, tau=4.0, backend="triton").backward()
-            grads.append(leaf.grad)
-        assert torch.equal(*grads)
+            leaves = [x.clone().requires_grad_(i < sides) for i, x in enumerate((student, teacher))]
+            call(*leaves, *extra, tau=4.0, backend="triton").backward()
+            grads.append([leaf.grad for leaf in leaves[:sides]])
+        assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
     options = (None, None, None, 2, -1)
     for loss, extra, numbers in (
         ("kl_div_tau", (4.0, 4.0, True), 9),
@@ -690,6 +690,8 @@ def compile_for(capability: int) -> None:
                     if not kd:
                         OPERATORS[f"{loss}_forward"](student, teacher, *rest)
                     OPERATORS[f"{loss}_forward_grad"](student, teacher, *rest)
+                    if capability == 90:
+                        OPERATORS[f"{loss}_forward_grads"](student, teacher, *rest)
                     if k in (1000, 32000)[kd:] and capability == 90:
                         OPERATORS[f"{loss}_backward"](one, student, teacher, stats, *rest, True, True)
             OPERATORS["scale_gradient"](student, one)

@@ -344,8 +344,8 @@ class Call:
     def tile(
         self, tiles: tuple[Tile, ...], launch: Callable[..., Any], given: tuple[Any, ...], *outputs: Tensor | bool | None
     ) -> Tile:
-        """The one that launch(self, tile, *given, *outputs) is to take: launch starts one kernel, which fills the outputs that are not
-        None and whose last dimension is not over rows; True stands for one number a row."""
+        """The one that launch(self, tile, *given, *outputs) is to take, which starts one kernel. outputs: what it fills, tensors whose
+        last dimension is a row, True for one number a row, None for nothing."""
         rows = rows_to_measure(self.rows, self.classes)
         if rows == 0:
             return tiles[0]
