@@ -370,7 +370,8 @@ class KlDivTau(Call):
         divisor: Divisor,
     ) -> Tensor:
         per_row, gradients = loss is not None, (grad_student, grad_teacher)
-        tiles, resident = forward_tiles(self.classes, self.dtype.itemsize, grad_student is not None, self.hard is not None)
+        count = sum(x is not None for x in gradients)
+        tiles, resident = forward_tiles(self.classes, self.dtype.itemsize, count, self.hard is not None)
         if resident:
             row_stats = None if self.forgetful else row_stats
             given = per_row, None, divisor
@@ -398,7 +399,7 @@ class KlDivTau(Call):
         divisor: Divisor,
     ) -> None:
         if self.forgetful:
-            tiles, _ = forward_tiles(self.classes, self.dtype.itemsize, True, self.hard is not None)
+            tiles, _ = forward_tiles(self.classes, self.dtype.itemsize, 2, self.hard is not None)
             rest = False, grad_loss, divisor
             tile = self.tile(tiles, KlDivTau.launch_rows, rest, None, None, grad_student, grad_teacher)
             self.launch_rows(tile, *rest, None, None, grad_student, grad_teacher)
@@ -462,12 +463,13 @@ class KlDivTau(Call):
         )  # fmt: skip
 
 
-def forward_tiles(classes: int, itemsize: int, with_gradient: bool, hard: bool) -> tuple[tuple[Tile, ...], bool]:
+def forward_tiles(classes: int, itemsize: int, gradients: int, hard: bool) -> tuple[tuple[Tile, ...], bool]:
     """Tiles, and whether a row lies in one."""
     c = max(16, triton.next_power_of_2(classes))
     double = itemsize == 8
-    largest = 4096 if double or not with_gradient else 16384  # without a gradient nothing is gained from keeping a longer row
-    if c <= (largest // 2 if hard else largest):  # the hard part's exponentials take registers too
+    # Without a gradient nothing is gained from keeping a longer row; a second one takes registers, as do the hard part's exponentials.
+    largest = 4096 if double or gradients == 0 else 16384 // gradients
+    if c <= (largest // 2 if hard else largest):
         return tiles_of_rows(c, itemsize), True
     if double:
         return (Tile(1, 1024 if hard else 2048, 8),), False
