@@ -350,6 +350,7 @@ def _call(
         and denominator is None
         and num_classes is None
         and inplace is False
+        and isinstance(backend, str)
         and backend in DIRECT_BACKENDS
         and (found := _ops.direct(loss, student, teacher, target, code, parameters)) is not None
     ):
