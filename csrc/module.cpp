@@ -8,6 +8,10 @@
 
 namespace py = pybind11;
 
+namespace kdfast {
+void bind_direct(py::module_& m);  // direct.cpp
+}
+
 namespace {
 
 #if defined(__clang__)
@@ -49,6 +53,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "kdfast's kernels; they are called as torch.ops.kdfast.*";
+  m.doc() = "kdfast's kernels; they are called as torch.ops.kdfast.*, and small calls on the CPU directly";
   m.def("build_info", &build_info, "What this build holds, and what of it this machine can use.");
+  kdfast::bind_direct(m);
 }

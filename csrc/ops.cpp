@@ -18,10 +18,11 @@
 #include <initializer_list>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
-#include "kl_math.h"
+#include "losses.h"
 
 namespace kdfast {
 namespace {
@@ -205,54 +206,12 @@ Args make_args(Tensor& student, Tensor& teacher, const Options& options, int64_t
   return args;
 }
 
-// The number that the sum over rows is divided by. `per_row`: how many elements a row counts for in a mean.
-double divisor_of(const Options& options, const Tensor& student, const Numbers& weight, int64_t rows, double per_row) {
-  if (options.divisor) return *options.divisor;
-  if (options.denominator) return numbers_of(options.denominator, 1, "denominator").at(0, 1.0);
-  switch (options.reduction) {
-    case Reduction::None:
-    case Reduction::Sum:
-      return 1;
-    case Reduction::BatchMean:
-      return student.dim() > 1 ? double(student.size(0)) : 1.0;
-    case Reduction::Mean:
-      break;
-  }
-  if (weight.data == nullptr || rows == 0) return double(rows) * per_row;
-  double total = 0;
-  for (int64_t r = 0; r < rows; ++r) total += weight.at(r, 1.0);
-  return total == 0 ? 1 : total * per_row;  // every row masked: 0 / 1
+// With a denominator that is a tensor read here, so on the CPU.
+Divisor divisor_of(const Options& options, const Tensor& student) {
+  std::optional<double> number = options.divisor;
+  if (!number && options.denominator && student.is_cpu()) number = numbers_of(options.denominator, 1, "denominator").at(0, 1.0);
+  return {number, options.reduction, student.dim() > 1 ? student.size(0) : 1};
 }
-
-// The same for the hard part of kd_loss, whose mean is over the rows that are not ignored.
-double hard_divisor_of(const Options& options, const Tensor& student, const KdLossArgs& args) {
-  const bool over_rows = options.reduction == Reduction::Mean && !options.divisor && !options.denominator;
-  if (!over_rows || args.rows == 0) return divisor_of(options, student, args.weight, args.rows, 1);
-  double total = 0;
-  for (int64_t r = 0; r < args.rows; ++r)
-    if (args.target.at(r, int64_t(0)) != args.ignore_index) total += args.weight.at(r, 1.0);
-  return total == 0 ? 1 : total;
-}
-
-// A target of a row that counts must be a class. (functional.py knows this message by its beginning.)
-void check_targets(const KdLossArgs& args) {
-  for (int64_t r = 0; r < args.rows; ++r) {
-    const int64_t target = args.target.at(r, int64_t(0));
-    STD_TORCH_CHECK((target >= 0 && target < args.classes) || target == args.ignore_index || args.weight.at(r, 1.0) == 0,
-                    "kdfast: target must be from 0 to ", args.classes - 1, " or ignore_index = ", args.ignore_index, "; got ",
-                    target, " in row ", r);
-  }
-}
-
-template <class F>
-double sum_of(const void* values, int64_t count) {
-  double total = 0;
-  for (int64_t i = 0; i < count; ++i) total += static_cast<const F*>(values)[i];
-  return total;
-}
-
-// Below this many logit pairs a call is not worth splitting over threads.
-constexpr int64_t kPairsPerTask = 32768;
 
 template <class Args, class Kernel>
 void for_rows(const Args& args, Kernel kernel) {
@@ -261,84 +220,49 @@ void for_rows(const Args& args, Kernel kernel) {
   torch::stable::parallel_for(0, args.rows, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
-// One value a row, of type `type`, for a kernel to fill.
-Tensor empty_rows(const Tensor& student, ScalarType type) {
-  std::vector<int64_t> sizes = sizes_of(student);
-  sizes.pop_back();
-  return empty_like_device(student, sizes, type);
-}
-
-// The same for a sum over rows: memory for a kernel to fill, and its sum.
-struct RowValues {
-  bool wide;
-  int64_t rows;
-  std::vector<double> memory;
-
-  RowValues(ScalarType type, int64_t rows)
-      : wide(type == ScalarType::Double), rows(rows), memory(wide ? rows : (rows + 1) / 2) {}
-  double sum() const { return wide ? sum_of<double>(memory.data(), rows) : sum_of<float>(memory.data(), rows); }
-};
-
-Tensor scalar(const Tensor& like, ScalarType type, double value) {
-  Tensor result = empty_like_device(like, {}, type);
-  if (type == ScalarType::Double)
-    *static_cast<double*>(result.data_ptr()) = value;
-  else
-    *static_cast<float*>(result.data_ptr()) = float(value);
-  return result;
-}
-
-// What forward returns of each loss before the statistics or the gradient.
+// What forward returns of each loss before the statistics or the gradient: of type `type`, one number or one a row.
 using Value = std::tuple<Tensor>;
 using Parts = std::tuple<Tensor, Tensor, Tensor>;  // loss, hard, soft
 
+Tensor empty_value(const Tensor& student, ScalarType type, Reduction reduction) {
+  std::vector<int64_t> sizes;
+  if (reduction == Reduction::None) {
+    sizes = sizes_of(student);
+    sizes.pop_back();
+  }
+  return empty_like_device(student, sizes, type);
+}
+
 // What differs between the devices: where the divisor is known, how a kernel runs, how its row losses are reduced.
 struct OnCpu {
-  double divisor = 1, hard_divisor = 1;
+  CpuReduction reduction;
 
   explicit OnCpu(const Tensor&) {}
   template <class Args>
   void divide(Args& args, const Options& options, const Tensor& student, double per_row) {
-    divisor = divisor_of(options, student, args.weight, args.rows, per_row);
-    args.grad_scale = 1 / divisor;
-  }
-  void divide(KdLossArgs& args, const Options& options, const Tensor& student, double per_row) {
-    check_targets(args);
-    divisor = divisor_of(options, student, args.weight, args.rows, per_row);
-    hard_divisor = hard_divisor_of(options, student, args);
-    args.grad_scale = args.alpha / divisor;
-    args.hard_grad_scale = (1 - args.alpha) / hard_divisor;
+    if constexpr (std::is_same_v<Args, KdLossArgs>) {  // (functional.py knows this message by its beginning)
+      const int64_t row = wrong_target(args);
+      STD_TORCH_CHECK(row < 0, "kdfast: target must be from 0 to ", args.classes - 1, " or ignore_index = ", args.ignore_index,
+                      "; got ", args.target.at(row, int64_t(0)), " in row ", row);
+    }
+    reduction.divide(args, divisor_of(options, student), per_row);
   }
   template <class Loss, class Args>
-  Value forward(Args& args, const Tensor& student, ScalarType type, Reduction reduction) const {
-    if (reduction == Reduction::None) {
-      Tensor loss = empty_rows(student, type);
-      args.row_loss = loss.data_ptr();
-      for_rows(args, Loss::forward);
-      return {loss};
+  auto forward(Args& args, const Tensor& student, ScalarType type, Reduction by) const {
+    const auto run = [&](void* const* values) {
+      reduction.forward(args, by, type == ScalarType::Double, values, [](const Args& args) { for_rows(args, Loss::forward); });
+    };
+    Tensor loss = empty_value(student, type, by);
+    if constexpr (Loss::kValues == 1) {
+      void* const values[] = {loss.data_ptr()};
+      run(values);
+      return Value{loss};
+    } else {
+      Tensor hard = empty_value(student, type, by), soft = empty_value(student, type, by);
+      void* const values[] = {loss.data_ptr(), hard.data_ptr(), soft.data_ptr()};
+      run(values);
+      return Parts{loss, hard, soft};
     }
-    RowValues loss(type, args.rows);
-    args.row_loss = loss.memory.data();
-    for_rows(args, Loss::forward);
-    return {scalar(student, type, loss.sum() / divisor)};
-  }
-  template <class Loss>
-  Parts forward(KdLossArgs& args, const Tensor& student, ScalarType type, Reduction reduction) const {
-    if (reduction == Reduction::None) {
-      Tensor loss = empty_rows(student, type), hard = empty_rows(student, type), soft = empty_rows(student, type);
-      args.row_loss = loss.data_ptr();
-      args.row_hard = hard.data_ptr();
-      args.row_soft = soft.data_ptr();
-      for_rows(args, Loss::forward);
-      return {loss, hard, soft};
-    }
-    RowValues hard_rows(type, args.rows), soft_rows(type, args.rows);
-    args.row_hard = hard_rows.memory.data();
-    args.row_soft = soft_rows.memory.data();
-    for_rows(args, Loss::forward);
-    const double hard = hard_rows.sum() / hard_divisor, soft = soft_rows.sum() / divisor, a = args.alpha;
-    const double loss = a == 0 ? hard : a == 1 ? soft : (1 - a) * hard + a * soft;
-    return {scalar(student, type, loss), scalar(student, type, hard), scalar(student, type, soft)};
   }
   template <class Loss, class Args>
   void backward(const Args& args, const Tensor&) const {
@@ -369,7 +293,7 @@ struct OnCuda {
     else if (by_weights && !options.divisor)
       call.times_weights = per_row;
     else
-      call.number = divisor_of(options, student, args.weight, args.rows, per_row);
+      call.number = divisor_of(options, student).of(args.weight, args.rows, per_row);
   }
   void divide(KdLossArgs& args, const Options& options, const Tensor& student, double per_row) {
     divide<KdLossArgs>(args, options, student, per_row);
@@ -380,16 +304,11 @@ struct OnCuda {
     else if (options.reduction == Reduction::Mean && args.rows > 0 && !options.divisor)
       call.hard_by_rows = true;
     else
-      call.hard_number = divisor_of(options, student, args.weight, args.rows, 1);
+      call.hard_number = divisor_of(options, student).of(args.weight, args.rows, 1);
   }
   template <class Loss, class Args>
   Value forward(Args& args, const Tensor& student, ScalarType type, Reduction reduction) {
-    std::vector<int64_t> sizes;
-    if (reduction == Reduction::None) {
-      sizes = sizes_of(student);
-      sizes.pop_back();
-    }
-    Tensor loss = empty_like_device(student, sizes, type);
+    Tensor loss = empty_value(student, type, reduction);
     (reduction == Reduction::None ? args.row_loss : call.loss) = loss.data_ptr();
     const Tensor workspace = allocate(args, student);
     Loss::forward_cuda(args, call);
@@ -398,7 +317,7 @@ struct OnCuda {
   template <class Loss>
   Parts forward(KdLossArgs& args, const Tensor& student, ScalarType type, Reduction reduction) {
     const bool by_row = reduction == Reduction::None;
-    const auto empty = [&] { return by_row ? empty_rows(student, type) : empty_like_device(student, {}, type); };
+    const auto empty = [&] { return empty_value(student, type, reduction); };
     Tensor loss = empty(), hard = empty(), soft = empty();
     (by_row ? args.row_loss : call.loss) = loss.data_ptr();
     (by_row ? args.row_hard : call.hard) = hard.data_ptr();
@@ -489,110 +408,15 @@ struct Ops {
   }
 };
 
-// ---- kl_div_tau ----------------------------------------------------------------------------------------------------------
-
-struct KlDivTau {
-  using Args = KlDivTauArgs;
-  static constexpr auto forward = cpu::kl_div_tau_forward;
-  static constexpr auto backward = cpu::kl_div_tau_backward;
-#ifdef KDFAST_WITH_CUDA
-  static void forward_cuda(const Args& args, const cuda::Call& call) { cuda::kl_div_tau_forward(args, call); }
-  static void backward_cuda(const Args& args, const cuda::Call& call) { cuda::kl_div_tau_backward(args, call); }
-#endif
-
-  double tau, teacher_tau;
-  bool scale_by_tau_squared;
-
-  void fill(Args& args) const {
-    args.tau = tau;
-    args.teacher_tau = teacher_tau;
-    args.scale = scale_by_tau_squared ? tau * tau : 1;
-  }
-  static int64_t stats() { return KlStat::count; }
-  static double per_row(const Args&) { return 1; }
-};
-
-// ---- logit_mse -----------------------------------------------------------------------------------------------------------
-
-struct LogitMse {
-  using Args = LogitMseArgs;
-  static constexpr auto forward = cpu::logit_mse_forward;
-  static constexpr auto backward = cpu::logit_mse_backward;
-#ifdef KDFAST_WITH_CUDA
-  static void forward_cuda(const Args& args, const cuda::Call& call) { cuda::logit_mse_forward(args, call); }
-  static void backward_cuda(const Args& args, const cuda::Call& call) { cuda::logit_mse_backward(args, call); }
-#endif
-
-  bool center;
-  bool tau_limit;  // 0.5 / K times the centred sum: kl_div_tau at tau = infinity
-
-  void fill(Args& args) const {
-    args.center = center;
-    args.per_class = tau_limit;
-    args.scale = tau_limit ? 0.5 : 1;
-  }
-  int64_t stats() const { return center ? MseStat::count : 0; }
-  double per_row(const Args& args) const { return tau_limit ? 1 : double(args.classes); }
-};
-
-// ---- logit_huber ---------------------------------------------------------------------------------------------------------
-
-struct LogitHuber {
-  using Args = LogitHuberArgs;
-  static constexpr auto forward = cpu::logit_huber_forward;
-  static constexpr auto backward = cpu::logit_huber_backward;
-#ifdef KDFAST_WITH_CUDA
-  static void forward_cuda(const Args& args, const cuda::Call& call) { cuda::logit_huber_forward(args, call); }
-  static void backward_cuda(const Args& args, const cuda::Call& call) { cuda::logit_huber_backward(args, call); }
-#endif
-
-  double delta;
-  bool smooth_l1, center;
-
-  void fill(Args& args) const {
-    args.delta = delta;
-    args.smooth_l1 = smooth_l1;
-    args.center = center;
-  }
-  int64_t stats() const { return center ? HuberStat::count : 0; }
-  static double per_row(const Args& args) { return double(args.classes); }
-};
-
-// ---- kd_loss -------------------------------------------------------------------------------------------------------------
-
-struct KdLoss {
-  using Args = KdLossArgs;
-  static constexpr auto forward = cpu::kd_loss_forward;
-  static constexpr auto backward = cpu::kd_loss_backward;
-#ifdef KDFAST_WITH_CUDA
-  static void forward_cuda(const Args& args, const cuda::Call& call) { cuda::kd_loss_forward(args, call); }
-  static void backward_cuda(const Args& args, const cuda::Call& call) { cuda::kd_loss_backward(args, call); }
-#endif
-
-  const Tensor& target;
-  double tau, alpha;
-  Soft soft;
-  int64_t ignore_index;
-  double label_smoothing;
-
-  void fill(Args& args) const {
-    STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long || target.scalar_type() == ScalarType::Int,
-                    "kdfast: the target must be int64 or int32");
-    STD_TORCH_CHECK((args.student.dtype == DType::f64) == (args.teacher.dtype == DType::f64),
-                    "kdfast: kd_loss takes float64 logits on both sides or on none");
-    STD_TORCH_CHECK(int(soft) >= 0 && int(soft) <= 2, "kdfast: unknown soft loss");
-    args.soft = soft;
-    args.center = args.per_class = soft == Soft::tau_limit;
-    if (soft == Soft::kl) args.tau = args.teacher_tau = tau;
-    args.scale = soft == Soft::kl ? tau * tau : soft == Soft::tau_limit ? 0.5 : 1;
-    args.alpha = alpha;
-    args.label_smoothing = label_smoothing;
-    args.ignore_index = ignore_index;
-    args.target = numbers_of(target, args.rows, "target");
-  }
-  int64_t stats() const { return HardStat::count + (soft == Soft::kl ? int(KlStat::count) : int(MseStat::count)); }
-  double per_row(const Args& args) const { return soft == Soft::mse ? double(args.classes) : 1; }
-};
+// The target of kd_loss, and what its kernels rely on.
+Numbers target_of(const Tensor& target, const Tensor& student, const Tensor& teacher, int64_t soft) {
+  STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long || target.scalar_type() == ScalarType::Int,
+                  "kdfast: the target must be int64 or int32");
+  STD_TORCH_CHECK((student.scalar_type() == ScalarType::Double) == (teacher.scalar_type() == ScalarType::Double),
+                  "kdfast: kd_loss takes float64 logits on both sides or on none");
+  STD_TORCH_CHECK(soft >= 0 && soft <= 2, "kdfast: unknown soft loss");
+  return numbers_of(target, rows_in(student), "target");
+}
 
 // ---- operators -----------------------------------------------------------------------------------------------------------
 //
@@ -642,7 +466,7 @@ KDFAST_LOSS(logit_mse, LogitMse, (bool center, bool tau_limit), (center, tau_lim
 KDFAST_LOSS(logit_huber, LogitHuber, (double delta, bool smooth_l1, bool center), (delta, smooth_l1, center))
 KDFAST_LOSS(kd_loss, KdLoss,
             (const Tensor& target, double tau, double alpha, int64_t soft, int64_t ignore_index, double label_smoothing),
-            (target, tau, alpha, Soft(soft), ignore_index, label_smoothing))
+            (target_of(target, student, teacher, soft), tau, alpha, Soft(soft), ignore_index, label_smoothing))
 
 template <class Device>
 void scale_into(const Tensor& out, const Tensor& gradient, const Tensor& grad_loss) {

@@ -1,5 +1,9 @@
 from typing import TypedDict
 
+from torch import Tensor
+
+DIRECT_PAIRS: int  # the most logit pairs of a call that goes past torch's dispatcher
+
 class BuildInfo(TypedDict):
     version: str
     torch_version: str  # the torch it was built against
@@ -11,3 +15,53 @@ class BuildInfo(TypedDict):
     cuda_archs: list[str]
 
 def build_info() -> BuildInfo: ...
+
+# A small call on the CPU, past torch's dispatcher. Each writes the loss, and its parts if it has any, into `values` and, unless None,
+# the student's gradient into `gradient`; False, with nothing written, where it does not take the call (csrc/direct.cpp).
+def kl_div_tau(
+    values: tuple[Tensor, ...],
+    gradient: Tensor | None,
+    student: Tensor,
+    teacher: Tensor,
+    reduction: int,
+    tau: float,
+    teacher_tau: float,
+    scale_by_tau_squared: bool,
+    /,
+) -> bool: ...
+def logit_mse(
+    values: tuple[Tensor, ...],
+    gradient: Tensor | None,
+    student: Tensor,
+    teacher: Tensor,
+    reduction: int,
+    center: bool,
+    tau_limit: bool,
+    /,
+) -> bool: ...
+def logit_huber(
+    values: tuple[Tensor, ...],
+    gradient: Tensor | None,
+    student: Tensor,
+    teacher: Tensor,
+    reduction: int,
+    delta: float,
+    smooth_l1: bool,
+    center: bool,
+    /,
+) -> bool: ...
+def kd_loss(
+    values: tuple[Tensor, ...],
+    gradient: Tensor | None,
+    student: Tensor,
+    teacher: Tensor,
+    reduction: int,
+    target: Tensor,
+    tau: float,
+    alpha: float,
+    soft: int,
+    ignore_index: int,
+    label_smoothing: float,
+    /,
+) -> bool: ...
+def scale_gradient(gradient: Tensor, grad_loss: Tensor, /) -> bool: ...

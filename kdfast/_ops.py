@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from kdfast import reference
+from kdfast import _C, reference
 from kdfast._load import HAS_CUDA_KERNELS
 
 # row_weight, denominator as a tensor, denominator as a number, reduction, num_classes
@@ -36,6 +36,7 @@ class Loss(NamedTuple):
     values: int  # what forward returns beside the numbers of the rows: the loss, and parts of it that have no gradient
     name: str
     has_cuda_kernels: bool  # C++, in this build
+    direct: Callable[..., bool] | None  # csrc/direct.cpp's way to the CPU's kernels
 
 
 KINDS = ("forward", "forward_grad", "backward", "backward_inplace")
@@ -47,7 +48,8 @@ def _loss(namespace: str, name: str, row_stats: Callable[..., int], definition: 
     operators = [getattr(ops, each).default for each in (*(f"{name}_{kind}" for kind in KINDS), *SCALING)]
     forward_grads = getattr(ops, f"{name}_forward_grads").default if namespace == "kdfast_triton" else None
     has_cuda_kernels = HAS_CUDA_KERNELS and torch._C._dispatch_has_kernel_for_dispatch_key(operators[0].name(), "CUDA")
-    return Loss._make([*operators, forward_grads, row_stats, definition, values, name, has_cuda_kernels])
+    direct = getattr(_C, name) if namespace == "kdfast" else None
+    return Loss._make([*operators, forward_grads, row_stats, definition, values, name, has_cuda_kernels, direct])
 
 
 # The numbers a row, which the fakes need to know: as KlStat, MseStat, HuberStat and HardStat of csrc/kl_math.h count them.
@@ -117,9 +119,72 @@ def on_triton(loss: Loss) -> Loss:
     return _TRITON[loss.name]
 
 
+# Private names of torch. Bound here, since looking them up is most of what they cost.
+_functorch_active, _traced = torch._C._are_functorch_transforms_active, torch._C._is_tracing
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_profiled, _graph_is_kept = torch._C._autograd._profiler_enabled, torch._C._autograd._get_current_graph_task_keep_graph
+
+
 def transformed() -> bool:
-    """Whether a functorch transform or forward-mode AD is active, which the operators cannot serve. (Private names of torch.)"""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether a functorch transform or forward-mode AD is active, which the operators cannot serve."""
+    return _functorch_active() or forward_ad._current_level >= 0
+
+
+def _watched() -> bool:
+    """Whether anybody sees the operators that are called: a mode, the profiler, a tracer."""
+    return bool(_dispatch_modes() or _function_modes() or _profiled() or _traced())
+
+
+_SCALARS = [torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.float64)]
+
+
+def direct(
+    loss: Loss, student: Tensor, teacher: Tensor, target: Tensor | None, reduction: int, parameters: Parameters
+) -> tuple[Tensor, ...] | None:
+    """A small plain call on the CPU, of all columns and without weights or denominator, past torch's dispatcher, which would cost
+    more than its arithmetic: (loss, parts...). None where it is no such call: nothing is checked before."""
+    if (
+        torch.compiler.is_compiling()
+        or type(student) is not Tensor
+        or type(teacher) is not Tensor
+        or student.numel() > _C.DIRECT_PAIRS
+        or student.is_neg()
+        or teacher.is_neg()
+        or transformed()
+        or _watched()
+    ):
+        return None
+    gradient = None
+    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
+        if not _in_forward(loss, student, teacher, reduction) or _made_in_inference_mode(teacher, target) is not None:
+            return None
+        gradient = torch.empty_like(student)
+    scalar = _SCALARS[student.dtype is torch.float64 or teacher.dtype is torch.float64]
+    values: tuple[Tensor, ...]
+    if reduction == 0:
+        values = tuple(scalar.new_empty(student.shape[:-1]) for _ in range(loss.values))
+    elif loss.values == 1:
+        values = (torch.empty_like(scalar),)  # the fastest of several ways
+    else:
+        values = tuple(torch.empty_like(scalar) for _ in range(loss.values))
+    own: tuple[Any, ...] = parameters if target is None else (target, *parameters)
+    if loss.direct is None or not loss.direct(values, gradient, student, teacher, reduction, *own):
+        return None
+    if gradient is None:
+        return values
+    call = (LOSSES.index(loss), (None, reduction, -1), parameters, 1, False)
+    result: tuple[Tensor, ...] = _Function.apply(student, teacher, None, None, target, call, (*values, gradient))
+    return result
+
+
+def _in_forward(loss: Loss, student: Tensor, teacher: Tensor, reduction: int) -> int:
+    """How many gradients the forward writes, of a scalar: the student's alone, or both where there is an operator for that. Not in
+    float16, where a gradient that GradScaler has not scaled yet underflows."""
+    if reduction == 0 or student.dtype is torch.float16:
+        return 0
+    if not teacher.requires_grad:
+        return 1
+    return 2 if loss.forward_grads is not None and student.requires_grad and teacher.dtype is not torch.float16 else 0
 
 
 def apply(
@@ -135,14 +200,9 @@ def apply(
     if not (torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)):
         values: tuple[Tensor, ...] = loss.forward(student, teacher, *options, *given(target), *parameters)[:-1]
         return values
-    # Gradients of a scalar are written during the forward: the student's alone, or both where there is an operator for that. Not in
-    # float16, where a gradient that GradScaler has not scaled yet underflows.
-    in_forward = 0 if options[3] == 0 or student.dtype == torch.float16 or inplace else 1
-    if in_forward and teacher.requires_grad:
-        both = loss.forward_grads is not None and student.requires_grad and teacher.dtype != torch.float16
-        in_forward = 2 if both else 0
+    in_forward = 0 if inplace else _in_forward(loss, student, teacher, options[3])
     call = (LOSSES.index(loss), options[2:], parameters, in_forward, inplace)
-    result: tuple[Tensor, ...] = _Function.apply(student, teacher, options[0], options[1], target, call)
+    result: tuple[Tensor, ...] = _Function.apply(student, teacher, options[0], options[1], target, call, None)
     return result
 
 
@@ -163,15 +223,20 @@ class _Function(torch.autograd.Function):
         denominator: Tensor | None,
         target: Tensor | None,
         call: tuple[int, tuple[float | None, int, int], Parameters, int, bool],
+        values: tuple[Tensor, ...] | None,
     ) -> tuple[Tensor, ...]:
+        """`values`: what forward_grad gives, where it is there already, and no input is an inference tensor."""
         index, numbers, parameters, in_forward, _ = ctx.call = call
         loss = LOSSES[index]
-        kernel = (loss.forward, loss.forward_grad, loss.forward_grads)[in_forward]
-        values: tuple[Tensor, ...] = kernel(student, teacher, row_weight, denominator, *numbers, *given(target), *parameters)
         inputs: Inputs = (student, teacher, row_weight, denominator, target)
-        ctx.unsaved = None if torch.compiler.is_compiling() else _made_in_inference_mode(*inputs)
-        if ctx.unsaved is not None:
-            inputs = tuple(x if y is None else None for x, y in zip(inputs, ctx.unsaved, strict=True))
+        ctx.unsaved = None
+        if values is None:
+            kernel = (loss.forward, loss.forward_grad, loss.forward_grads)[in_forward]
+            values = kernel(student, teacher, row_weight, denominator, *numbers, *given(target), *parameters)
+            if not torch.compiler.is_compiling():
+                ctx.unsaved = _made_in_inference_mode(*inputs)
+            if ctx.unsaved is not None:
+                inputs = tuple(x if y is None else None for x, y in zip(inputs, ctx.unsaved, strict=True))
         ctx.save_for_backward(*inputs, *values[loss.values :])
         if loss.values > 1:
             ctx.mark_non_differentiable(*values[1 : loss.values])
@@ -181,7 +246,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *of_parts: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:  # not materialized, beside parts
-            return (None,) * 6
+            return (None,) * 7
         index, numbers, parameters, in_forward, inplace = ctx.call
         loss = LOSSES[index]
         saved = ctx.saved_tensors
@@ -191,7 +256,7 @@ class _Function(torch.autograd.Function):
         if in_forward and not create_graph:
             grad_student = _scaled(loss, kept[0], grad_loss) if for_student else None
             grad_teacher = _scaled(loss, kept[1], grad_loss) if for_teacher else None
-            return grad_student, grad_teacher, None, None, None, None
+            return grad_student, grad_teacher, None, None, None, None, None
         if ctx.unsaved is not None:
             inputs = [x if y is None else y for x, y in zip(inputs, ctx.unsaved, strict=True)]
         student, teacher, row_weight, denominator, target = inputs
@@ -212,7 +277,7 @@ class _Function(torch.autograd.Function):
             grad_student, grad_teacher = loss.backward(
                 _row_numbers(grad_loss), student, teacher, kept[0], *options, *parameters, for_student, for_teacher
             )
-        return grad_student if for_student else None, grad_teacher if for_teacher else None, None, None, None, None
+        return grad_student if for_student else None, grad_teacher if for_teacher else None, None, None, None, None, None
 
 
 def _made_in_inference_mode(*inputs: Tensor | None) -> Inputs | None:
@@ -226,9 +291,12 @@ def _made_in_inference_mode(*inputs: Tensor | None) -> Inputs | None:
 
 def _scaled(loss: Loss, gradient: Tensor, grad_loss: Tensor) -> Tensor:
     """gradient * grad_loss: in place where this backward is the saved gradient's last use, which leaves it alone where grad_loss is 1."""
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    if torch.compiler.is_compiling() or _graph_is_kept():
         scaled: Tensor = loss.scale_gradient(gradient, grad_loss)
         return scaled
+    plain = type(gradient) is type(grad_loss) is Tensor and not (grad_loss.is_neg() or _watched())
+    if plain and _C.scale_gradient(gradient, grad_loss):
+        return gradient
     loss.scale_gradient_inplace(gradient, grad_loss)
     return gradient
 

@@ -84,7 +84,6 @@ def kl_div_tau(
     Raises:
         ValueError, TypeError: naming the argument, what came and what is taken.
     """
-    _check_logits(student_logits, teacher_logits)
     tau = _temperature("tau", tau)
     teacher_tau = tau if teacher_tau is None else _temperature("teacher_tau", teacher_tau)
     _check_flag("scale_by_tau_squared", scale_by_tau_squared)
@@ -97,8 +96,10 @@ def kl_div_tau(
             raise ValueError("scale_by_tau_squared must be true at tau=inf: without the factor the limit is identically 0")
     loss = _ops.KL_DIV_TAU
     parameters: _ops.Parameters = (tau, teacher_tau, scale_by_tau_squared)
-    if teacher_tau == tau and scale_by_tau_squared and _at_the_limit(tau, student_logits, teacher_logits):
-        loss, parameters = _ops.LOGIT_MSE, (True, True)
+    if tau >= LIMIT_TAU and teacher_tau == tau and scale_by_tau_squared:
+        _check_logits(student_logits, teacher_logits)
+        if _at_the_limit(tau, student_logits, teacher_logits):
+            loss, parameters = _ops.LOGIT_MSE, (True, True)
     return _call(
         loss,
         parameters,
@@ -137,7 +138,6 @@ def logit_mse(
 
     A class at -inf on both sides contributes nothing, and does not count in the mean difference; on one side alone the loss is +inf.
     """
-    _check_logits(student_logits, teacher_logits)
     _check_flag("center", center)
     return _call(
         _ops.LOGIT_MSE,
@@ -180,7 +180,6 @@ def logit_huber(
         center: remove each row's mean difference first: the mean, not a robust location.
         reduction: as for logit_mse; "mean", the default, divides by rows * K.
     """
-    _check_logits(student_logits, teacher_logits)
     delta = _number("delta", delta, DELTA_TAKEN, lambda x: SMALLEST_DELTA <= x <= LARGEST_DELTA)
     _check_choice("kind", kind, HUBER_KINDS)
     _check_flag("center", center)
@@ -343,9 +342,20 @@ def _call(
     backend: str,
     target: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Checks the options that the losses have in common, and runs one of them: (loss, parts...)."""
+    """Checks the logits and the options that the losses have in common, and runs one of them: (loss, parts...)."""
     _check_choice("reduction", reduction, REDUCTIONS)
     code = REDUCTIONS[reduction]
+    if (
+        row_weight is None
+        and denominator is None
+        and num_classes is None
+        and inplace is False
+        and isinstance(backend, str)
+        and backend in DIRECT_BACKENDS
+        and (found := _ops.direct(loss, student, teacher, target, code, parameters)) is not None
+    ):
+        return found
+    _check_logits(student, teacher)
     _check_flag("inplace_backward", inplace)
     if row_weight is not None:
         row_weight = _check_row_weight(row_weight, student)
@@ -579,6 +589,8 @@ def _default_backend() -> str:
 
 
 DEFAULT_BACKEND = _default_backend()
+# Those that mean C++ on the CPU.
+DIRECT_BACKENDS = ("auto", "cpp") if DEFAULT_BACKEND in ("auto", "cpp") else ("cpp",)
 
 
 def _resolve_backend(backend: str, student: Tensor, loss: _ops.Loss) -> str:

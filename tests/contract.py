@@ -62,8 +62,9 @@ TEXT = """# The contract
 What holds for each loss on each backend, besides the values themselves: each tick is a test that passed, and the tests named in its
 row prove it. `make test` fails where this table says something else than the tests prove; `python -m pytest --contract` writes it.
 Values and derivatives are compared with eager PyTorch in float64 or with a float64 oracle. The columns: C++ on the CPU, "reference"
-(plain torch, which also serves `torch.func`, forward-mode AD and `create_graph` for every backend), and those of a GPU once its
-tests have run on one.
+(plain torch, which also serves `torch.func`, forward-mode AD and `create_graph` for every backend; its blanks are promises about
+kernels: it has no operator of its own, keeps (rows, K) tensors and takes no `inplace_backward`), and those of a GPU once its tests
+have run on one.
 
 """
 

@@ -49,6 +49,26 @@ def test_every_row_length(k: int, dtype: torch.dtype) -> None:
         helpers.check(CUDA, "kd_loss", s, t, soft=soft, grads=grads, row_weight=weight, label_smoothing=0.1)
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("kl_div_tau", {"tau": 2.0}),
+        ("kl_div_tau", {"tau": INF}),
+        ("logit_mse", {"center": True}),
+        ("logit_huber", {"delta": 0.7}),
+        ("kd_loss", {"tau": 2.0, "label_smoothing": 0.1}),
+        ("kd_loss", {"soft": "mse"}),
+    ],
+)
+def test_gradcheck(name: str, options: dict[str, Any], reduction: str) -> None:
+    """The inputs are moved inside the function, so that finite differences are taken on the CPU."""
+    s, t = (x.requires_grad_() for x in helpers.logits("typical", (2, 5), (F64, F64)))
+    options = options | {"reduction": reduction, "row_weight": torch.tensor([1.0, 0.5])}
+    for sides in ((s, t), (s, t.detach())):  # recomputed, and written during the forward
+        assert torch.autograd.gradcheck(lambda s, t: CUDA.call(name, s.cuda(), t.cuda(), **options).cpu(), sides)
+
+
 @pytest.mark.parametrize("pair", [(F16, F16), (F32, BF16), (BF16, F32), (BF16, F16), (F64, F64), (F64, BF16)], ids=str)
 @pytest.mark.parametrize("k", [10, 1003, 9001])
 def test_every_mixture(k: int, pair: tuple[torch.dtype, torch.dtype]) -> None:

@@ -168,8 +168,11 @@ def refused(call: Any, kind: Any, words: str, student: Any, teacher: Any, option
 @pytest.mark.contract("wrong arguments: an error that names the argument")
 @pytest.mark.parametrize("kind, words, student, teacher, options", LOGITS + SHARED)
 @pytest.mark.parametrize("name", ["kl_div_tau", "logit_mse", "logit_huber"])
-def test_refused(name: str, kind: Any, words: str, student: Any, teacher: Any, options: dict[str, Any]) -> None:
-    refused(getattr(kdfast, name), kind, words, student, teacher, options)
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_refused(backend: str, name: str, kind: Any, words: str, student: Any, teacher: Any, options: dict[str, Any]) -> None:
+    if backend == "reference" and options.get("inplace_backward") is True:
+        words = "inplace_backward kernel 'reference'"
+    refused(getattr(kdfast, name), kind, words, student, teacher, {"backend": backend} | options)
 
 
 @pytest.mark.parametrize("kind, words, student, teacher, options", LOGITS)
@@ -185,8 +188,9 @@ def test_refused_temperatures(kind: Any, words: str, student: Any, teacher: Any,
 
 @pytest.mark.contract("wrong arguments: an error that names the argument", losses=("logit_huber",))
 @pytest.mark.parametrize("kind, words, student, teacher, options", HUBER)
-def test_refused_huber(kind: Any, words: str, student: Any, teacher: Any, options: dict[str, Any]) -> None:
-    refused(kdfast.logit_huber, kind, words, student, teacher, options)
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_refused_huber(backend: str, kind: Any, words: str, student: Any, teacher: Any, options: dict[str, Any]) -> None:
+    refused(kdfast.logit_huber, kind, words, student, teacher, {"backend": backend} | options)
 
 
 @pytest.mark.parametrize("kind, words, student, teacher, options", SHARED[:16])

@@ -339,7 +339,8 @@ def test_compile_and_export(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.contract("deepcopy and pickle of the module", losses=("kd_loss",))
-def test_module_mirrors_the_function() -> None:
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_module_mirrors_the_function(backend: str) -> None:
     s, t = logits("typical", (6, 17))
     w = torch.linspace(0, 1, 6)
     for options in (
@@ -347,6 +348,7 @@ def test_module_mirrors_the_function() -> None:
         {"tau": 2.0, "alpha": 0.3, "soft": "mse", "label_smoothing": 0.1, "reduction": "sum", "num_classes": 15},
         {"ignore_index": 3, "return_parts": True},
     ):
+        options = options | {"backend": backend}
         y = torch.tensor([0, 14, options.get("ignore_index", -100), 7, 1, 2])
         module = kdfast.KDLoss(**options)
         for each in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
@@ -408,9 +410,10 @@ ERRORS = [
 
 @pytest.mark.contract("wrong arguments: an error that names the argument", losses=("kd_loss",))
 @pytest.mark.parametrize("kind, words, options", ERRORS, ids=[words for _, words, _ in ERRORS])
-def test_refused(kind: type[Exception], words: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_refused(backend: str, kind: type[Exception], words: str, options: dict[str, Any]) -> None:
     s, t = logits("typical", (4, 7))
-    options = {"teacher_logits": t, "target": torch.zeros(4, dtype=torch.int64)} | options
+    options = {"backend": backend, "teacher_logits": t, "target": torch.zeros(4, dtype=torch.int64)} | options
     with pytest.raises(kind) as caught:
         kdfast.kd_loss(s, **options)
     message = str(caught.value)

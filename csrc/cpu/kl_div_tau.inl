@@ -29,6 +29,7 @@ struct KlRow {
   static constexpr F inf = F(__builtin_inf()), ln_2 = F(0.693147180559945309), log2_e = F(1.44269504088896341);
   static constexpr F kNarrow = sizeof(F) == 4 ? 2 : -1;  // the range of WidePhiSeries
   static constexpr F kMostFolded = 4096;
+  static constexpr F kPeaked = F(1.015625);
   static constexpr bool kSixteenBits = sizeof(S) == 2 && sizeof(T) == 2;
 
   KlTemperatures<F> k;
@@ -258,6 +259,9 @@ struct KlRow {
       if (kl < 0) kl = 0;  // rounding, where nearly nothing is left
       stat[KlStat::shift] = mean + kl;
     }
+    // Nearly all mass in one class on both sides, and a class of little mass far off: either form loses the shift's digits.
+    const F shift = stat[KlStat::shift];
+    if (rest == 0 && s0 < kPeaked && z < kPeaked && shift * shift < mean * mean / 64) stat[KlStat::shift] = log_ratio_of_peaks();
   }
 
   void store_stats(void* to, int64_t at) const {
@@ -269,6 +273,19 @@ struct KlRow {
       left[KlStat::inv_z] = left[KlStat::inv_s0] * math::exp(rest) * exp_of_shift;  // S0 / Z = e^(rest - R)
     }
     copy_numbers(to, at, left, KlStat::count);
+  }
+
+  // log(Z / S0) from the other classes' sums, which a float cannot hold beside the 1 of the class with the mass. Another pass.
+  __attribute__((noinline)) F log_ratio_of_peaks() const {
+    Sum<V> more, other_w;
+    const auto add = [&](int64_t i, auto lanes) {
+      const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
+      const V w = t == stat[KlStat::t_max] ? V{} : teacher_weight(t), v = s == stat[KlStat::s_max] ? V{} : student_weight(s);
+      other_w += w;
+      more += v - w;
+    };
+    for_each_vector<V>(classes, 0, add, other_w, more);
+    return math::log1p(more.value() / (1 + other_w.value()));
   }
 
   // The stable form around the mean itself: another pass.
