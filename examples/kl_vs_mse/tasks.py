@@ -36,7 +36,7 @@ class Task:
     networks: dict[str, str]  # role -> what the tables call it
     build: Callable[[str], Network]  # role -> an untrained network
     split: Callable[[int], Split]  # seed -> data
-    augment: Augment
+    augment: Augment | None
     epochs: int
     batch: int
     optimizer: str  # "sgd" or "adamw"; the rate falls to a tenth at half and at three quarters of the epochs
@@ -96,7 +96,7 @@ def text(_: Path) -> Task:
         networks={role: f"transformer, width {w}, layers {n}" for role, (w, n) in sizes.items()},
         build=lambda role: Transformer(*sizes[role], context, 256),
         split=lambda seed: cut(inputs, labels, len(inputs) * 9 // 10, seed),
-        augment=lambda batch, _: batch,
+        augment=None,
         epochs=2,
         batch=16,
         optimizer="adamw",
