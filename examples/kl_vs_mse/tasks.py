@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,9 @@ class Task:
     optimizer: str  # "sgd" or "adamw"; the rate falls to a tenth at half and at three quarters of the epochs
     rate: float
     weight_decay: float = 5e-4
+    seeds: int = 3
+    alphas: Sequence[float] = tuple(i / 10 for i in range(1, 11))  # of the sweep
+    label_noise: Sequence[float] = (0.2, 0.4, 0.6)
 
 
 def cut(inputs: Tensor, labels: Tensor, train: int, seed: int) -> Split:
@@ -77,6 +80,7 @@ def digits(_: Path) -> Task:
         batch=128,
         optimizer="sgd",
         rate=0.03,
+        seeds=5,
     )
 
 
@@ -97,10 +101,12 @@ def text(_: Path) -> Task:
         build=lambda role: Transformer(*sizes[role], context, 256),
         split=lambda seed: cut(inputs, labels, len(inputs) * 9 // 10, seed),
         augment=None,
-        epochs=2,
-        batch=16,
+        epochs=3,
+        batch=8,
         optimizer="adamw",
         rate=5e-3,
+        alphas=(0.1, 0.5, 1.0),
+        label_noise=(0.3, 0.6),
     )
 
 
