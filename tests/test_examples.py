@@ -160,6 +160,19 @@ def test_a_study_goes_on_where_it_was(load, tmp_path: Path, small, capsys: pytes
     assert "other settings" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("data", ["digits", "text"])
+def test_training_is_the_same_whether_or_not_the_lessons_fit_in_memory(load, data: str, tmp_path: Path, small, monkeypatch):
+    training, losses, tasks = (program(load, name) for name in ("training", "losses", "tasks"))
+    student = training.Recipe("student", losses.MSE, training.Recipe("teacher"))
+    states = []
+    for size in (training.KEEP_BYTES, 0):
+        monkeypatch.setattr(training, "KEEP_BYTES", size)
+        task = tasks.TASKS[data](tmp_path)
+        laboratory = training.Laboratory(task, 2, torch.device("cpu"), "kdfast", tmp_path / str(size))
+        states.append(laboratory.trained(student, 0).network.state_dict())
+    torch.testing.assert_close(*states)
+
+
 def test_losses_of_the_study(load):
     losses = program(load, "losses")
     generator = torch.Generator().manual_seed(0)

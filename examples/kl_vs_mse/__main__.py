@@ -17,8 +17,6 @@ from examples.kl_vs_mse.tasks import TASKS
 from examples.kl_vs_mse.training import Laboratory
 
 TAUS = [1.0, 3.0, 5.0, 20.0, math.inf]
-ALPHAS = [round(0.1 * i, 1) for i in range(1, 11)]
-SEEDS = {"digits": 5, "text": 2, "cifar100": 3}
 
 
 def at_least_one(text: str) -> int:
@@ -51,7 +49,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     parser.add_argument("studies", nargs="+", choices=[*STUDIES, "all"], metavar="STUDY", help=f"{', '.join(STUDIES)} or all")
     parser.add_argument("--data", choices=list(TASKS), default="digits", help="(default %(default)s)")
     parser.add_argument("--data-folder", type=Path, default=Path("data"), help="holds cifar-100-python (default %(default)s)")
-    parser.add_argument("--seeds", type=at_least_one, help=f"repetitions (default {SEEDS})")
+    parser.add_argument("--seeds", type=at_least_one, help="repetitions (default: 5 of digits, 3 of text and cifar100)")
     parser.add_argument("--epochs", type=at_least_one, help="passes over the training data (default: the data's own)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
     parser.add_argument("--threads", type=at_least_one, default=1, help="of torch on the CPU (default 1: small networks)")
@@ -62,8 +60,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
         "--loss-impl", choices=IMPLEMENTATIONS, default="kdfast", help="who computes the losses (default %(default)s)"
     )
     parser.add_argument("--taus", type=temperature, nargs="+", help="of sweep and features (default 1 3 5 20 inf)")
-    parser.add_argument("--alphas", type=share, nargs="+", help="of sweep (default 0.1 0.2 ... 1)")
-    parser.add_argument("--label-noise", type=share, nargs="+", default=[0.2, 0.4, 0.6], help="of noise (default 0.2 0.4 0.6)")
+    parser.add_argument("--alphas", type=share, nargs="+", help="of sweep (default 0.1 0.2 ... 1, of text 0.1 0.5 1)")
+    parser.add_argument("--label-noise", type=share, nargs="+", help="of noise (default 0.2 0.4 0.6, of text 0.3 0.6)")
     parser.add_argument("--sequential-tau", type=temperature, default=3.0, help="of sequential's KL (default 3)")
     parser.add_argument("--quick", action="store_true", help="5 seeds, tau 1 4 20 inf, alpha 0.5 1: a look in a minute or two")
     return parser, parser.parse_args(argv)
@@ -83,10 +81,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
         parser.error(str(error))
     plan = Plan(
         laboratory=laboratory,
-        seeds=range(options.seeds or (5 if options.quick else SEEDS[task.name])),
+        seeds=range(options.seeds or (5 if options.quick else task.seeds)),
         taus=sorted(set(options.taus or ([1.0, 4.0, 20.0, math.inf] if options.quick else TAUS))),
-        alphas=sorted(set(options.alphas or ([0.5, 1.0] if options.quick else ALPHAS))),
-        label_noise=sorted(set(options.label_noise)),
+        alphas=sorted(set(options.alphas or ([0.5, 1.0] if options.quick else task.alphas))),
+        label_noise=sorted(set(options.label_noise or task.label_noise)),
         sequential_tau=options.sequential_tau,
         repeats=20 if options.quick else 100,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,12 +36,15 @@ class Task:
     networks: dict[str, str]  # role -> what the tables call it
     build: Callable[[str], Network]  # role -> an untrained network
     split: Callable[[int], Split]  # seed -> data
-    augment: Augment
+    augment: Augment | None
     epochs: int
     batch: int
     optimizer: str  # "sgd" or "adamw"; the rate falls to a tenth at half and at three quarters of the epochs
     rate: float
     weight_decay: float = 5e-4
+    seeds: int = 3
+    alphas: Sequence[float] = tuple(i / 10 for i in range(1, 11))  # of the sweep
+    label_noise: Sequence[float] = (0.2, 0.4, 0.6)
 
 
 def cut(inputs: Tensor, labels: Tensor, train: int, seed: int) -> Split:
@@ -77,6 +80,7 @@ def digits(_: Path) -> Task:
         batch=128,
         optimizer="sgd",
         rate=0.03,
+        seeds=5,
     )
 
 
@@ -96,11 +100,13 @@ def text(_: Path) -> Task:
         networks={role: f"transformer, width {w}, layers {n}" for role, (w, n) in sizes.items()},
         build=lambda role: Transformer(*sizes[role], context, 256),
         split=lambda seed: cut(inputs, labels, len(inputs) * 9 // 10, seed),
-        augment=lambda batch, _: batch,
-        epochs=2,
-        batch=16,
+        augment=None,
+        epochs=3,
+        batch=8,
         optimizer="adamw",
         rate=5e-3,
+        alphas=(0.1, 0.5, 1.0),
+        label_noise=(0.3, 0.6),
     )
 
 

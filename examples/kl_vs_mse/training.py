@@ -19,7 +19,8 @@ from examples.kl_vs_mse.losses import CE, Loss
 from examples.kl_vs_mse.networks import Network
 from examples.kl_vs_mse.tasks import Split, Task
 
-KEEP_BYTES = 2**30  # batches and teacher logits up to this size are made once for all students of a seed
+#: What all students of a teacher share is made once, up to this size: the batches where they are augmented, else the logits.
+KEEP_BYTES = 2**30
 Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, labels, the teacher's logits
 
 
@@ -51,11 +52,13 @@ class Lessons:
     """The batches of one training, the same each time they are gone through."""
 
     def __init__(self, task: Task, split: Split, labels: Tensor, teacher: Network | None, epochs: int, seed: int) -> None:
-        self.task, self.split, self.labels, self.teacher, self.epochs, self.seed = task, split, labels, teacher, epochs, seed
+        self.task, self.labels, self.teacher, self.epochs, self.seed = task, labels, teacher, epochs, seed
+        self.inputs = split.train
         self.per_epoch = max(1, len(labels) // task.batch)
-        rows = self.per_epoch * task.batch * epochs * labels[0].numel()
-        inputs = split.train[0].numel() * split.train.element_size() // labels[0].numel()
-        self.kept: list[Batch] | None = [] if rows * (inputs + 8 + 4 * task.classes) <= KEEP_BYTES else None
+        sample = self.inputs[0].nbytes + labels[0].numel() * (labels.element_size() + 4 * task.classes)
+        fits = sample * len(labels) * (epochs if task.augment else 1) <= KEEP_BYTES
+        self.kept: list[Batch] | None = [] if fits and task.augment else None
+        self.logits = self._logits() if fits and not task.augment else None
 
     def __len__(self) -> int:
         return self.per_epoch * self.epochs
@@ -68,15 +71,25 @@ class Lessons:
             self.kept.extend(self._make())
         yield from self.kept
 
+    @torch.no_grad()
+    def _logits(self) -> Tensor | None:
+        """The teacher's, of every training input."""
+        return None if self.teacher is None else torch.cat([self.teacher(x) for x in self.inputs.split(self.task.batch)])
+
+    @torch.no_grad()
     def _make(self) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same batches on every device
         for _ in range(self.epochs):
             order = torch.randperm(len(self.labels), generator=generator)
             for start in range(0, self.per_epoch * self.task.batch, self.task.batch):
                 index = order[start : start + self.task.batch].to(self.labels.device)
-                inputs = self.task.augment(self.split.train[index], generator)
-                with torch.no_grad():
-                    yield inputs, self.labels[index], None if self.teacher is None else self.teacher(inputs)
+                inputs = self.inputs[index]
+                if self.task.augment:
+                    inputs = self.task.augment(inputs, generator)
+                logits = None
+                if self.teacher is not None:
+                    logits = self.teacher(inputs) if self.logits is None else self.logits[index]
+                yield inputs, self.labels[index], logits
 
 
 class Laboratory:
