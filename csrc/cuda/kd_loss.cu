@@ -155,7 +155,7 @@ struct KdLoss {
       Partial partial;
       partial.soft = soft.reduce(p.soft, team, span, slice, student, teacher, gradient_of, factor_of, shared.soft, beside);
       team.warps > 1 ? __syncthreads() : __syncwarp(team.mask);
-      if (task->plan.slices > 1) partial.hard = kept;
+      if (task->plan.slices > 1) partial.hard = shared.kept[slot(team)];
       return partial;
     }
 

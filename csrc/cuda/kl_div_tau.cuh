@@ -161,8 +161,8 @@ struct KlDivTau {
     H s[kVectors];
     Exponential<H::packed> weight, student_weight;
     float w_unit;
-    // For the gradient: w; and h, which is x first and then w (exp(x - mean) - 1) / PhiSeries::kUnit, if that `is_stable`. v is
-    // v_rest times w exp(x - mean) then, and v_rest times what it is here otherwise.
+    // For the gradient: w; and h, which is x first and then w (exp(x - mean) - 1) / PhiSeries::kUnit, if that `is_stable`. v,
+    // in the slice's units, is v_rest times w exp(x - mean) then, and v_rest times what student_weight gives otherwise.
     float w[kKept + 1][H::width], h[kKept + 1][H::width], v_rest;
     bool is_stable;
 
@@ -283,8 +283,9 @@ struct KlDivTau {
       cuda::reduce<Sum>(team, last, shared.excess);
       if (is_stable) {
         partial.excess = last[0] * (w_unit * unit);
-        v_rest = exp2_approx(-rest_log2);
-        partial.z = (partial.s0 + partial.excess) * v_rest;
+        const float back = exp2_approx(-rest_log2);
+        partial.z = (partial.s0 + partial.excess) * back;
+        v_rest = back * w_unit;
       } else {
         partial.excess = NAN;
         v_rest = student_weight.unit(partial.s_max);
@@ -306,9 +307,9 @@ struct KlDivTau {
         float s1 = 0;
 #pragma unroll
         for (int i = 0; i < H::width; ++i) {
-          const float wk = weight(teacher[i]), xk = x.template of<exact>(student[i], teacher[i]);
-          s1 = fmaf(wk, xk, s1);
+          const float xk = x.template of<exact>(student[i], teacher[i]), wk = weight(teacher[i]);
           sums[0] += wk;
+          s1 = fmaf(wk, xk, s1);
           if constexpr (wants_gradient) w[v][i] = wk, h[v][i] = xk;
         }
         if (!(fabsf(s1) < INFINITY)) {
@@ -403,7 +404,7 @@ struct KlDivTau {
       constexpr float unit = PhiSeries::kUnit;
       factor *= p.student_scale;
       const float p_factor = factor * row.w_share * w_unit * row.stat[KlStat::inv_s0], shift = row.apart + row.kl;
-      const float q_factor = factor * row.v_share * v_rest * row.stat[KlStat::inv_z] * (is_stable ? w_unit : 1.f);
+      const float q_factor = factor * row.v_share * v_rest * row.stat[KlStat::inv_z];
       // q - p is p (exp(x - mean - shift) - 1), or q and p themselves; either, of a stable row, a multiple of h and one of w.
       float by_h = unit * q_factor, by_w = q_factor - p_factor;
       if (row.kl < float(math::kStableBelow) && fabsf(shift) < 1) {
