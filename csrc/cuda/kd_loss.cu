@@ -6,7 +6,6 @@
 namespace kdfast::cuda {
 namespace {
 
-constexpr float kLog2E = 1.44269504f;
 constexpr int kMostTeams = 128;  // of a block: one thread each
 
 KlDivTauArgs soft_args(const KdLossArgs& args, KlDivTauArgs) { return args; }
@@ -33,10 +32,10 @@ struct Target {
 };
 
 // Of a row, in terms of its largest logit s_max: `others` is the sum of the exponentials but the target's, below_max the sum
-// of s_max - s.
+// of s_max - s; `ignored` is not 0 where the row is.
 template <class F>
 struct HardSums {
-  F s_max, others, at_target, s_target, below_max, count;
+  F s_max, others, at_target, s_target, below_max, count, ignored;
 };
 template <class F>
 struct HardRow {
@@ -50,6 +49,7 @@ struct HardRow {
     const F log_z = gap == 0 ? math::log1p(sums.others) : math::log(z);
     loss = log_z + gap;
     if (smoothing != 0) loss = (1 - smoothing) * loss + smoothing * (log_z + sums.below_max / classes);
+    if (sums.ignored != 0) loss = 0;
     stat[HardStat::s_max] = sums.s_max;
     stat[HardStat::inv_z] = 1 / z;
     stat[HardStat::slope] = -sums.others / z;
@@ -85,7 +85,7 @@ __device__ __forceinline__ void store_losses(const KdLossArgs& args, int64_t row
 template <class Soft>
 struct KdLoss {
   using Args = KdLossArgs;
-  static constexpr int kHeld = Soft::kHeld, kBlocks = Soft::kBlocks;
+  static constexpr int kHeld = Soft::kHeld, kHeldForward = Soft::kHeldForward, kBlocks = Soft::kBlocks;
   static constexpr int kSoftStats = Soft::kStats, kStats = kSoftStats + HardStat::count;
 
   struct Parameters {
@@ -155,7 +155,7 @@ struct KdLoss {
       Partial partial;
       partial.soft = soft.reduce(p.soft, team, span, slice, student, teacher, gradient_of, factor_of, shared.soft, beside);
       team.warps > 1 ? __syncthreads() : __syncwarp(team.mask);
-      if (task->plan.slices > 1) partial.hard = kept;
+      if (task->plan.slices > 1) partial.hard = shared.kept[slot(team)];
       return partial;
     }
 
@@ -177,7 +177,7 @@ struct KdLoss {
                                                    const Slice& slice, Shared& shared) const {
       H top = nothing<H>();
 #pragma unroll
-      for (int v = 0; v < kHeld; ++v) {
+      for (int v = 0; v < soft.kVectors; ++v) {
         if (v >= slice.count) break;
         top = top.larger(soft.s[v]);
       }
@@ -195,7 +195,7 @@ struct KdLoss {
       hard.s_max = s_max;
       float sums[3] = {0, 0, 0};
 #pragma unroll
-      for (int v = 0; v < kHeld; ++v) {
+      for (int v = 0; v < soft.kVectors; ++v) {
         if (v >= slice.count) break;
         const H s = still_packed(soft.s[v]);
         float others = 0;
@@ -223,7 +223,7 @@ struct KdLoss {
       if (p.smoothing != 0) {
         const float top = or_zero(hard.s_max);
 #pragma unroll
-        for (int v = 0; v < kHeld; ++v) {
+        for (int v = 0; v < soft.kVectors; ++v) {
           if (v >= slice.count) break;
           const H s = still_packed(soft.s[v]);
 #pragma unroll
@@ -237,6 +237,7 @@ struct KdLoss {
       }
       hard.below_max = smoothed[0];
       hard.count = smoothed[1];
+      hard.ignored = target.ignored;
       return hard;
     }
     template <class Vector>
@@ -254,7 +255,7 @@ struct KdLoss {
   static __device__ __forceinline__ Row merge(const Parameters& p, int slices, Read read, int own, int lane) {
     Row row;
     row.soft = Soft::merge(p.soft, slices, [&](int i) { return read(i).soft; }, own, lane);
-    HardSums<float> hard{-INFINITY, 0, 0, 0, 0, 0};
+    HardSums<float> hard{-INFINITY, 0, 0, 0, 0, 0, read(0).hard.ignored};
     for (int i = lane; i < slices; i += 32) hard.s_max = fmaxf(hard.s_max, read(i).hard.s_max);
     hard.s_max = reduce_warp(hard.s_max, Max());
     const auto share_of = [&](float s_max) { return s_max == -INFINITY ? 0.f : exp2_approx((s_max - hard.s_max) * kLog2E); };
@@ -276,7 +277,7 @@ struct KdLoss {
 
   static __device__ __forceinline__ void write_loss(const Parameters& p, const Row& row, float weight, int64_t index) {
     const float soft = Soft::loss_of(p.soft, row.soft, weight);
-    const float hard = weight == 0 || Target(p.args, index).ignored ? 0.f : row.hard.loss * weight;
+    const float hard = weight == 0 ? 0.f : row.hard.loss * weight;
     store_losses<float>(p.args, index, hard, soft);
   }
   static __device__ __forceinline__ void store_stats(const Row& row, float* to) {

@@ -1,9 +1,9 @@
 // softmax-KL at temperature tau on CUDA. kl_math.h has the formulas and the names.
 //
-// Forward holds its slice of a row in registers: the student's logits, and for each class w and x, in units of the logits. The
-// sums come first; where the KL is small, a second pass over the registers adds up its stable form around the exact mean, and
-// leaves w expm1(x - m) in the place of x, from which the gradient follows by one multiply-add. Backward reads the logits
-// again.
+// Forward holds its slice of a row in registers. Where a gradient is wanted, the sums of w and w x come first, and leave both;
+// a second pass over the registers adds up the stable form around the exact mean, and leaves w expm1(x - m) in the place of x,
+// from which the gradient follows by two multiplications and an addition. Without a gradient, both logits are held, twice as
+// many, and all sums come in one pass around class j wherever that is good enough. Backward reads the logits again.
 #pragma once
 
 #include "row_reduce.cuh"
@@ -16,24 +16,35 @@ __device__ __forceinline__ float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// The bitwise or of three.
-__device__ __forceinline__ uint32_t either(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t d;
-  asm("lop3.b32 %0, %1, %2, %3, 0xFE;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
+// The bitwise or of them all, three at a time.
+template <int n>
+__device__ __forceinline__ uint32_t either_of_all(const uint32_t (&bits)[n]) {
+  uint32_t all = bits[0];
+#pragma unroll
+  for (int i = 1; i < n; i += 2) {
+    const uint32_t next = i + 1 < n ? bits[i + 1] : 0;
+    asm("lop3.b32 %0, %0, %1, %2, 0xFE;" : "+r"(all) : "r"(bits[i]), "r"(next));
+  }
+  return all;
 }
 
-constexpr float kSmallest = 1.17549435e-38f;
-// x of a class that weighs nothing, where it is larger or no number: finite, so that w x is 0 without a branch.
-constexpr float kLargestX = 1e20f;
+constexpr float kLog2E = 1.44269504f, kSmallest = 1.17549435e-38f;
 
-// phi(u), u = kUnit y, is kUnit y^2 times this, for |y| < 2: in units in which one bit of y tells whether it holds. 3.3e-7
-// relative at most; over values about 0, whose errors have both signs, 2e-7.
-constexpr float kUnit = 0.375f;
-struct UnitPhiSeries {
-  static constexpr float of[] = {0.18750004f, 0.023437481f, 0.0021970335f, 0.00016480687f, 0.000010455251f, 0.0000005539117f};
+// phi(u), u = kUnit y, is kUnit y^2 times the polynomial `of` y, for |y| < 2: in units in which one bit of y tells whether it
+// holds.
+struct PhiSeries {  // 4.6e-7 relative
+  static constexpr float kUnit = 0.625f;
+  static constexpr float of[] = {0.31250003f,    0.065104604f,   0.010172385f,     0.0012706724f,
+                                 0.00013251218f, 0.00001227829f, 0.00000093314992f};
+};
+struct WidePhiSeries {  // 1.3e-7 relative
+  static constexpr float kUnit = 0.75f;
+  static constexpr float of[] = {0.37499997f,    0.093750052f,    0.017578445f,     0.0026366352f,
+                                 0.00032917823f, 0.000035338449f, 0.0000034775408f, 0.0000002795708f};
 };
 constexpr uint32_t kTwoOrMore = 0x40000000u;  // set where |y| >= 2, and in infinity and NaN
+// From here on the KL, which is at least this less log S0, is as good in its plain form, and the stable one might overflow.
+constexpr float kPlainFrom = 20;
 
 __device__ __forceinline__ float or_zero(float top) { return top == -INFINITY ? 0.f : top; }
 // 2^((logit - top) log2), times 1 / unit.
@@ -53,9 +64,8 @@ struct SoftExponential {
     }
   }
   // Of the same top: not kept, so that no register is.
-  __device__ __forceinline__ float unit(float top) const {
-    return packed ? exp2_approx(-fmaf(or_zero(top), log2, -reference)) : 1.f;
-  }
+  __device__ __forceinline__ float log2_unit(float top) const { return packed ? -fmaf(or_zero(top), log2, -reference) : 0.f; }
+  __device__ __forceinline__ float unit(float top) const { return packed ? exp2_approx(log2_unit(top)) : 1.f; }
   __device__ __forceinline__ float operator()(float logit) const {
     return exp2_approx(packed ? fmaf(logit, log2, -reference) : (logit - reference) * log2);
   }
@@ -63,7 +73,7 @@ struct SoftExponential {
 
 struct KlDivTau {
   using Args = KlDivTauArgs;
-  static constexpr int kHeld = 4, kBlocks = 1, kStats = KlStat::count;
+  static constexpr int kHeld = 4, kHeldForward = 8, kBlocks = 1, kStats = KlStat::count;
 
   struct Parameters {
     KlDivTauArgs args;
@@ -103,6 +113,7 @@ struct KlDivTau {
     __device__ __forceinline__ explicit Difference(const Parameters& p, const float* stat)
         : ratio(p.ratio), s_offset(stat[KlStat::s_offset]), t_offset(stat[KlStat::t_offset]), centre(stat[KlStat::centre]) {}
 
+    // exact: differences of the logits, and equal temperatures.
     template <bool exact>
     __device__ __forceinline__ float of(float s, float t) const {
       if constexpr (exact) return (s - t) - centre;
@@ -115,19 +126,21 @@ struct KlDivTau {
   };
 
   struct Partial {
-    float t_max, s_max, s_j;
+    float t_max, s_max, s_j;  // s_j: the student's logit where w is 1 and x is 0
     Difference x;
-    float s0, mean, z, excess;  // mean: -inf where the loss is infinite; excess: sum w phi(x - mean), NaN where that is large
+    // mean: -inf where the loss is infinite; excess: sum w phi(x - mean), NaN where that is large
+    float s0, mean, z, excess;
   };
   struct Row {
     float stat[KlStat::count];
     float kl;
-    // Of this block's slice: what brings its w and v to the row's scale, the row's mean less its own, its excess.
-    float w_share, v_share, apart, excess;
+    // Of this block's slice: what brings its w and v to the row's scale, the row's mean less its own.
+    float w_share, v_share, apart;
   };
   struct Shared {
     int s_j;  // ordered as floats are
-    float largest[kMostWarps][2], size[kMostWarps][1], sums[kMostWarps][3], excess[kMostWarps][1];
+    uint32_t largest_pair[kMostWarps][1];
+    float largest[kMostWarps][2], size[kMostWarps][1], all_sums[kMostWarps][3], sums[kMostWarps][2], excess[kMostWarps][1];
   };
 
   // KL in its plain form; what it is compared with, and what goes into the stable one, must come from here.
@@ -143,10 +156,15 @@ struct KlDivTau {
 
   template <class H, bool wants_gradient>
   struct Held {
-    H s[kHeld];
+    static constexpr int kVectors = wants_gradient ? kHeld : kHeldForward, kKept = wants_gradient ? kHeld : 0;
+
+    H s[kVectors];
     Exponential<H::packed> weight, student_weight;
-    float w_unit, v_unit;
-    float w[kHeld][H::width], x[kHeld][H::width];
+    float w_unit;
+    // For the gradient: w; and h, which is x first and then w (exp(x - mean) - 1) / PhiSeries::kUnit, if that `is_stable`. v,
+    // in the slice's units, is v_rest times w exp(x - mean) then, and v_rest times what student_weight gives otherwise.
+    float w[kKept + 1][H::width], h[kKept + 1][H::width], v_rest;
+    bool is_stable;
 
     // beside(largest logit of the student): called where no more than the logits is held
     template <class GradientOf, class FactorOf, class Beside = Nothing>
@@ -154,54 +172,60 @@ struct KlDivTau {
                                               const void* student, const void* teacher, GradientOf, FactorOf, Shared& shared,
                                               Beside beside = {}) {
       if (team.warps > 1 && threadIdx.x == 0) shared.s_j = ordered(-INFINITY);
-      H t[kHeld];
+      H t[kVectors];
       Reader<H>(student, p.args.student.dtype, span, slice, nothing<H>()).next(s, slice.count);
       Reader<H>(teacher, p.args.teacher.dtype, span, slice, nothing<H>()).next(t, slice.count);
       Partial partial;
-      find_references(p, team, slice, t, partial, shared);
+      find_references(team, slice, t, partial, shared);
       beside(partial.s_max);
       weight = Exponential<H::packed>(p.teacher_log2, partial.t_max);
       student_weight = Exponential<H::packed>(p.student_log2, partial.s_max);
-      float sums[3];
-      if (H::packed && p.exact)
-        sum<H::packed>(p, slice, t, partial, sums);
-      else
-        sum<false>(p, slice, t, partial, sums);
-      cuda::reduce<Sum>(team, sums, shared.sums);
       w_unit = weight.unit(partial.t_max);
-      v_unit = student_weight.unit(partial.s_max);
-      partial.s0 = sums[0] * w_unit;
-      partial.mean = sums[1] / sums[0] * p.inv_tau;
-      partial.z = sums[2] * v_unit;
-      partial.excess = NAN;
-      const Plain plain(p, partial);
-      if (plain.stable()) {
-        const float exp_of_reference = math::exp(plain.rest - partial.mean) * (v_unit / w_unit);
-        float excess[1] = {add_excess(p, slice, partial.mean, exp_of_reference)};
-        cuda::reduce<Sum>(team, excess, shared.excess);
-        partial.excess = excess[0] * (w_unit * kUnit);
-      }
-      return partial;
-    }
-
-    // The maxima, and the student's logit where the teacher's is largest (the largest such, where several are).
-    __device__ __forceinline__ void find_references(const Parameters& p, const Team& team, const Slice& slice,
-                                                    const H (&t)[kHeld], Partial& partial, Shared& shared) const {
-      const float mine = largest_of(slice, t);
-      float largest[2] = {mine, largest_of(slice, s)}, size[1] = {0};
-      cuda::reduce<Max>(team, largest, shared.largest);
+      float size[1] = {0};
       if constexpr (!H::packed) {
         size[0] = fmaxf(finite_magnitude(slice, s), finite_magnitude(slice, t));
         cuda::reduce<Max>(team, size, shared.size);
       }
-      partial.t_max = largest[0];
-      partial.s_max = largest[1];
-      float s_j = -INFINITY;
-      if (mine == partial.t_max) {
+      if (partial.s_j == -INFINITY)
+        partial.s_j = p.ratio * or_zero(partial.t_max);  // any finite one will show the infinite loss
+      partial.x = Difference(p, partial.s_j, or_zero(partial.t_max), size[0]);
+      if constexpr (!wants_gradient)
+        if ((H::packed ? p.exact : p.equal) && sum_at_once(p, team, slice, t, partial, shared)) return partial;
+      sum_around_mean(p, team, slice, t, partial, shared);
+      return partial;
+    }
+
+    // The maxima, and the student's logit where the teacher's is largest (the largest such, where several are).
+    __device__ __forceinline__ void find_references(const Team& team, const Slice& slice, const H (&t)[kVectors],
+                                                    Partial& partial, Shared& shared) const {
+      H s_top = nothing<H>();
+      typename H::Pair t_tops[kVectors], t_top = H::pair(nothing<H>());
 #pragma unroll
-        for (int v = 0; v < kHeld; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
+        if (v >= slice.count) break;
+        s_top = s_top.larger(s[v]);
+        t_tops[v] = H::pair(t[v]);
+        t_top = H::larger_pair(t_top, t_tops[v]);
+      }
+      if constexpr (H::packed) {  // the two side by side
+        const uint32_t of_s = H::pair(s_top);
+        uint32_t largest[1] = {H::larger_pair(__byte_perm(t_top, of_s, 0x5410), __byte_perm(t_top, of_s, 0x7632))};
+        cuda::reduce<typename H::LargerPair>(team, largest, shared.largest_pair);
+        const H both{{largest[0]}};
+        partial.t_max = both[0];
+        partial.s_max = both[1];
+      } else {
+        float largest[2] = {t_top, H::pair(s_top)};
+        cuda::reduce<Max>(team, largest, shared.largest);
+        partial.t_max = largest[0];
+        partial.s_max = largest[1];
+      }
+      float s_j = -INFINITY;
+      if (H::larger_of(t_top) == partial.t_max) {
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
           if (v >= slice.count) break;
-          if (!(largest_in(t[v]) == partial.t_max)) continue;
+          if (!(H::larger_of(t_tops[v]) == partial.t_max)) continue;
 #pragma unroll
           for (int i = 0; i < H::width; ++i) s_j = t[v][i] == partial.t_max ? fmaxf(s_j, s[v][i]) : s_j;
         }
@@ -211,107 +235,190 @@ struct KlDivTau {
         __syncthreads();
         s_j = from_ordered(shared.s_j);
       } else {
-#pragma unroll
-        for (int distance = 16; distance > 0; distance /= 2)
-          if (distance < team.size) s_j = fmaxf(s_j, __shfl_xor_sync(team.mask, s_j, distance));
+        s_j = from_ordered(__reduce_max_sync(team.mask, ordered(s_j)));
       }
-      const float t_j = or_zero(partial.t_max);
-      if (s_j == -INFINITY) s_j = p.ratio * t_j;  // the loss is infinite: any finite reference will show it
       partial.s_j = s_j;
-      partial.x = Difference(p, s_j, t_j, size[0]);
     }
 
-    // sum w, sum w x, sum v of this thread's classes.
+    // Everything in one pass, around class j, where nothing is kept for a gradient. Whether that was good enough: it is not for
+    // a row whose mean is far off, beside what its classes differ by or beside 1, nor for one with a class that the student
+    // alone masks.
+    __device__ __forceinline__ bool sum_at_once(const Parameters& p, const Team& team, const Slice& slice,
+                                                const H (&t)[kVectors], Partial& partial, Shared& shared) {
+      using Series = WidePhiSeries;
+      constexpr float unit = Series::kUnit;
+      const float scale = p.inv_tau / unit, rest_log2 = (partial.s_max - partial.s_j) * p.student_log2;
+      const float v_scale = exp2_approx(rest_log2 + log2_of_units(partial)) / unit;
+      const Sums mine = add_up<Series, H::packed, true>(slice, t, partial.x, scale, 0, v_scale);
+      float sums[3] = {mine.w, mine.wy, mine.excess};
+      cuda::reduce<Sum>(team, sums, shared.all_sums);
+      const float inv = 1 / sums[0], y = sums[1] * inv, phi_mean = y * y * math::polynomial<Series>(y);
+      const float centred = sums[2] * inv - phi_mean;
+      partial.s0 = sums[0] * w_unit;
+      partial.mean = unit * y;
+      partial.z = fmaf(unit, sums[1] + sums[2], sums[0]) * w_unit * exp2_approx(-rest_log2);
+      partial.excess = exp2_approx(-kLog2E * partial.mean) * (unit * centred) * partial.s0;
+      return fabsf(y) < 2 && centred >= phi_mean / 8 && weight.log2 == p.teacher_log2 && student_weight.log2 == p.student_log2;
+    }
+
+    // First the sums from which the mean follows; then the excess around that, or, of a row with a large KL, the plain form's
+    // Z.
+    __device__ __forceinline__ void sum_around_mean(const Parameters& p, const Team& team, const Slice& slice,
+                                                    const H (&t)[kVectors], Partial& partial, Shared& shared) {
+      constexpr float unit = PhiSeries::kUnit;
+      float sums[2];
+      H::packed&& p.exact ? sum<H::packed>(slice, t, partial.x, sums) : sum<false>(slice, t, partial.x, sums);
+      cuda::reduce<Sum>(team, sums, shared.sums);
+      partial.s0 = sums[0] * w_unit;
+      partial.mean = sums[1] / sums[0] * p.inv_tau;
+      const float rest = (or_zero(partial.s_max) - partial.s_j) * p.inv_tau - partial.mean, rest_log2 = kLog2E * rest;
+      is_stable = rest < kPlainFrom;
+      float last[1];
+      if (is_stable) {
+        const float v_scale = exp2_approx(rest_log2 + log2_of_units(partial)) / unit;
+        last[0] = add_up<PhiSeries, false, false>(slice, t, partial.x, p.inv_tau / unit, partial.mean / unit, v_scale).excess;
+      } else {
+        last[0] = sum_student(slice);
+      }
+      cuda::reduce<Sum>(team, last, shared.excess);
+      if (is_stable) {
+        partial.excess = last[0] * (w_unit * unit);
+        const float back = exp2_approx(-rest_log2);
+        partial.z = (partial.s0 + partial.excess) * back;
+        v_rest = back * w_unit;
+      } else {
+        partial.excess = NAN;
+        v_rest = student_weight.unit(partial.s_max);
+        partial.z = last[0] * v_rest;
+      }
+    }
+    __device__ __forceinline__ float log2_of_units(const Partial& partial) const {
+      return student_weight.log2_unit(partial.s_max) - weight.log2_unit(partial.t_max);
+    }
+
+    // sum w and sum w x of this thread's classes. For the gradient, leaves w and x.
     template <bool exact>
-    __device__ __forceinline__ void sum(const Parameters& p, const Slice& slice, const H (&t)[kHeld], const Partial& partial,
-                                        float (&sums)[3]) {
-      sums[0] = sums[1] = sums[2] = 0;
+    __device__ __forceinline__ void sum(const Slice& slice, const H (&t)[kVectors], const Difference& x, float (&sums)[2]) {
+      sums[0] = sums[1] = 0;
 #pragma unroll
-      for (int v = 0; v < kHeld; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
         if (v >= slice.count) break;
+        const H student = still_packed(s[v]), teacher = still_packed(t[v]);
         float s1 = 0;
 #pragma unroll
         for (int i = 0; i < H::width; ++i) {
-          const float sk = s[v][i], tk = t[v][i];
-          w[v][i] = weight(tk);
-          x[v][i] = partial.x.template of<exact>(sk, tk);
-          sums[0] += w[v][i];
-          s1 = fmaf(w[v][i], x[v][i], s1);
-          sums[2] += student_weight(sk);
+          const float xk = x.template of<exact>(student[i], teacher[i]), wk = weight(teacher[i]);
+          sums[0] += wk;
+          s1 = fmaf(wk, xk, s1);
+          if constexpr (wants_gradient) w[v][i] = wk, h[v][i] = xk;
         }
         if (!(fabsf(s1) < INFINITY)) {
           s1 = 0;
 #pragma unroll
           for (int i = 0; i < H::width; ++i) {
-            const float sk = s[v][i], tk = t[v][i];
-            const bool infinite = sk == -INFINITY && tk > -INFINITY;
-            if (w[v][i] == 0 && sk == sk) x[v][i] = tk == -INFINITY ? kLargestX : fmaxf(fminf(x[v][i], kLargestX), -kLargestX);
-            if (infinite) x[v][i] = 0;
-            s1 += infinite ? -INFINITY : w[v][i] * x[v][i];
+            const float sk = student[i], tk = teacher[i], wk = weight(tk);
+            if (sk == -INFINITY && tk > -INFINITY)
+              s1 = -INFINITY;
+            else if (!(wk == 0 && sk == sk))
+              s1 += wk * x.template of<exact>(sk, tk);
           }
         }
         sums[1] += s1;
       }
     }
-
-    // The stable form's sum over kUnit; and w expm1(x - m) over kUnit in the place of x.
-    __device__ __forceinline__ float add_excess(const Parameters& p, const Slice& slice, float mean, float exp_of_reference) {
-      constexpr float per_unit = 1 / kUnit;
-      const float scale = per_unit * p.inv_tau;
-      mean *= per_unit;
-      exp_of_reference *= per_unit;  // w exp(x - m) = v times this
-      float excess = 0;
+    // sum v
+    __device__ __forceinline__ float sum_student(const Slice& slice) const {
+      float sum = 0;
 #pragma unroll
-      for (int v = 0; v < kHeld; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
         if (v >= slice.count) break;
-        float y[H::width];  // (x - m) / kUnit
-        uint32_t bits = 0;
+        const H student = still_packed(s[v]);
 #pragma unroll
-        for (int i = 0; i < H::width; i += 2) {
-          y[i] = fmaf(x[v][i], scale, -mean);
-          y[i + 1] = fmaf(x[v][i + 1], scale, -mean);
-          bits = either(bits, __float_as_uint(y[i]), __float_as_uint(y[i + 1]));
+        for (int i = 0; i < H::width; ++i) sum += student_weight(student[i]);
+      }
+      return sum;
+    }
+
+    struct Sums {
+      float w = 0, wy = 0, excess = 0;
+    };
+    // Sums of w, w y and w phi(u) / unit over this thread's classes, where u = unit y, y = x scale - shift, and v times v_scale
+    // is w e^u / unit. For the gradient, takes w and x from where `sum` left them, and leaves h.
+    template <class Series, bool exact, bool at_once>
+    __device__ __forceinline__ Sums add_up(const Slice& slice, const H (&t)[kVectors], const Difference& x, float scale,
+                                           float shift, float v_scale) {
+      Sums sums;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        if (v >= slice.count) break;
+        const H student = still_packed(s[v]);
+        H teacher;
+        if constexpr (!wants_gradient) teacher = still_packed(t[v]);
+        const auto weight_of = [&](int i) {
+          if constexpr (wants_gradient)
+            return w[v][i];
+          else
+            return weight(teacher[i]);
+        };
+        float y[H::width];
+        uint32_t bits[H::width];
+#pragma unroll
+        for (int i = 0; i < H::width; ++i) {
+          if constexpr (wants_gradient)
+            y[i] = fmaf(h[v][i], scale, -shift);
+          else
+            y[i] = fmaf(x.template of<exact>(student[i], teacher[i]), scale, -shift);
+          bits[i] = __float_as_uint(y[i]);
         }
-        if ((bits & kTwoOrMore) == 0) {
+        if ((either_of_all(bits) & kTwoOrMore) == 0) {
 #pragma unroll
           for (int i = 0; i < H::width; ++i) {
-            const float wy = w[v][i] * y[i], wyy = wy * y[i], series = math::polynomial<UnitPhiSeries>(y[i]);
-            excess = fmaf(wyy, series, excess);
-            if constexpr (wants_gradient) x[v][i] = fmaf(wyy, series, wy);
+            const float wk = weight_of(i), wy = wk * y[i], wyy = wy * y[i], series = math::polynomial<Series>(y[i]);
+            sums.w += wk;
+            sums.wy += wy;
+            sums.excess = fmaf(wyy, series, sums.excess);
+            if constexpr (wants_gradient) h[v][i] = fmaf(wyy, series, wy);
           }
         } else {
 #pragma unroll
           for (int i = 0; i < H::width; ++i) {
-            const float wy = w[v][i] == 0 ? 0.f : w[v][i] * y[i], near = wy * y[i] * math::polynomial<UnitPhiSeries>(y[i]);
-            const float far = fmaf(student_weight(s[v][i]), exp_of_reference, -per_unit * w[v][i]);
+            const float wk = weight_of(i), far = fmaf(student_weight(student[i]), v_scale, wk * (-1 / Series::kUnit));
+            // 0 where w is; but at once, no number where the student alone is at -inf: the loss is infinite.
+            const float wy = wk == 0 && !(at_once && y[i] == -INFINITY) ? 0.f : wk * y[i];
+            const float near = wy * y[i] * math::polynomial<Series>(y[i]);
             const bool is_near = fabsf(y[i]) < 2;
-            excess += is_near ? near : far - wy;
-            if constexpr (wants_gradient) x[v][i] = is_near ? near + wy : far;
+            sums.w += wk;
+            sums.wy += wy;
+            sums.excess += is_near ? near : far - wy;
+            if constexpr (wants_gradient) h[v][i] = is_near ? near + wy : far;
           }
         }
       }
-      return excess;
+      return sums;
     }
 
     // mix(number of a vector, its gradient): what becomes of that before it is written
     template <class Mix = Nothing>
     __device__ __forceinline__ void write_gradient(const Parameters& p, const RowSpan& span, const Slice& slice, const Row& row,
                                                    const GradientRow& gradient, float factor, Mix mix = {}) const {
+      constexpr float unit = PhiSeries::kUnit;
       factor *= p.student_scale;
-      const float p_factor = factor * row.w_share * w_unit * row.stat[KlStat::inv_s0],
-                  q_factor = factor * row.v_share * v_unit * row.stat[KlStat::inv_z];
-      const float shift = row.apart + row.kl;
-      // q - p = p (exp(x - m - KL) - 1), from expm1(x - mean of the slice)
-      const bool stable = row.excess == row.excess && row.kl < float(math::kStableBelow) && fabsf(shift) < 1;
-      const float by_h = p_factor * math::exp(-shift) * kUnit, by_w = p_factor * math::expm1_series(-shift);
+      const float p_factor = factor * row.w_share * w_unit * row.stat[KlStat::inv_s0], shift = row.apart + row.kl;
+      const float q_factor = factor * row.v_share * v_rest * row.stat[KlStat::inv_z];
+      // q - p is p (exp(x - mean - shift) - 1), or q and p themselves; either, of a stable row, a multiple of h and one of w.
+      float by_h = unit * q_factor, by_w = q_factor - p_factor;
+      if (row.kl < float(math::kStableBelow) && fabsf(shift) < 1) {
+        by_h = unit * p_factor * math::exp(-shift);
+        by_w = p_factor * math::expm1_series(-shift);
+      }
       Writer<H> write(gradient, span, slice);
 #pragma unroll
-      for (int v = 0; v < kHeld; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
         if (v >= slice.count) break;
         float g[H::width];
-        if (stable) {
+        if (is_stable) {
 #pragma unroll
-          for (int i = 0; i < H::width; ++i) g[i] = fmaf(x[v][i], by_h, w[v][i] * by_w);
+          for (int i = 0; i < H::width; ++i) g[i] = fmaf(h[v][i], by_h, w[v][i] * by_w);
         } else {
 #pragma unroll
           for (int i = 0; i < H::width; ++i) g[i] = fmaf(student_weight(s[v][i]), q_factor, -(w[v][i] * p_factor));
@@ -322,28 +429,10 @@ struct KlDivTau {
     }
 
    private:
-    static __device__ __forceinline__ float largest_of(const Slice& slice, const H (&logits)[kHeld]) {
-      H largest = nothing<H>();
-#pragma unroll
-      for (int v = 0; v < kHeld; ++v) {
-        if (v >= slice.count) break;
-        largest = largest.larger(logits[v]);
-      }
-      return largest_in(largest);
-    }
-    static __device__ __forceinline__ float largest_in(const H& vector) {
-      if constexpr (H::packed) {
-        const H pair{
-            {H::larger_pair(H::larger_pair(vector.word[0], vector.word[1]), H::larger_pair(vector.word[2], vector.word[3]))}};
-        return fmaxf(pair[0], pair[1]);
-      } else {
-        return fmaxf(fmaxf(vector[0], vector[1]), fmaxf(vector[2], vector[3]));
-      }
-    }
-    static __device__ __forceinline__ float finite_magnitude(const Slice& slice, const H (&logits)[kHeld]) {
+    static __device__ __forceinline__ float finite_magnitude(const Slice& slice, const H (&logits)[kVectors]) {
       float size = 0;
 #pragma unroll
-      for (int v = 0; v < kHeld; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
         if (v >= slice.count) break;
 #pragma unroll
         for (int i = 0; i < H::width; ++i) size = finite_larger(size, logits[v][i]);
@@ -360,23 +449,26 @@ struct KlDivTau {
   };
 
   static __device__ __forceinline__ Row row_of(const Parameters& p, const Partial& partial) {
-    const Plain plain(p, partial);
     const float inv_s0 = 1 / partial.s0;
-    float kl = plain.stable() ? math::log1p(partial.excess * inv_s0) : plain.kl;
-    kl = kl < 0 ? 0 : kl;
     Row row{};
+    if (partial.excess == partial.excess) {
+      const float growth = partial.excess * inv_s0;  // e^KL - 1; below 0 by rounding, where nearly nothing is left
+      row.kl = growth < 0 ? 0.f : growth < 0.5f ? math::log1p_series(growth) : math::log1p(growth);
+      row.stat[KlStat::shift] = partial.mean + row.kl;
+    } else {
+      const Plain plain(p, partial);
+      row.kl = plain.kl < 0 ? 0 : plain.kl;
+      row.stat[KlStat::shift] = plain.log_ratio;
+    }
     row.stat[KlStat::t_max] = partial.t_max;
     row.stat[KlStat::s_max] = partial.s_max;
     row.stat[KlStat::s_offset] = partial.x.s_offset;
     row.stat[KlStat::t_offset] = partial.x.t_offset;
     row.stat[KlStat::centre] = partial.x.centre;
     row.stat[KlStat::mean] = partial.mean;
-    row.stat[KlStat::shift] = plain.stable() ? partial.mean + kl : plain.log_ratio;
     row.stat[KlStat::inv_s0] = inv_s0;
     row.stat[KlStat::inv_z] = 1 / (partial.z == 0 ? kSmallest : partial.z);
-    row.kl = kl;
     row.w_share = row.v_share = 1;
-    row.excess = partial.excess;
     return row;
   }
 
@@ -430,20 +522,19 @@ struct KlDivTau {
     row.z = reduce_warp(z, Sum());
 
     const Plain plain(p, row);
-    float excess = 0;
+    row.excess = NAN;
     if (plain.stable()) {
       const float exp_of_reference = math::exp(plain.rest - row.mean);
+      float excess = 0;
       for (int i = lane; i < slices; i += 32) excess += merge.excess(read(i), exp_of_reference);
-      excess = reduce_warp(excess, Sum());
+      row.excess = reduce_warp(excess, Sum());
     }
-    row.excess = excess;
     Row result = row_of(p, row);
     if (own >= 0) {
       const Partial from = read(own);
       result.w_share = merge.w_share(from);
       result.v_share = merge.v_share(from);
       result.apart = row.mean - merge.mean(from);
-      result.excess = from.excess;
     }
     return result;
   }

@@ -132,7 +132,7 @@ struct LogitDifference {
 template <class Element>
 struct Plain : LogitDifference<Element> {
   using typename LogitDifference<Element>::Parameters;
-  static constexpr int kHeld = 32, kBlocks = 2;
+  static constexpr int kHeld = 32, kHeldForward = kHeld, kBlocks = 2;
 
   struct Shared {
     float total[kMostWarps][1];
@@ -220,7 +220,7 @@ struct Plain : LogitDifference<Element> {
 
 // Around the mean: the row is held until that is known.
 struct Centred : LogitDifference<Square<float>> {
-  static constexpr int kHeld = 4, kBlocks = 1;
+  static constexpr int kHeld = 4, kHeldForward = kHeld, kBlocks = 1;
 
   struct Shared {
     float size[kMostWarps][2], sums[2][kMostWarps][2], total[kMostWarps][1];
@@ -228,7 +228,8 @@ struct Centred : LogitDifference<Square<float>> {
 
   template <class H, bool wants_gradient>
   struct Held {
-    H s[kHeld], t[kHeld];
+    static constexpr int kVectors = kHeld;
+    H s[kVectors], t[kVectors];
 
     template <class GradientOf, class FactorOf, class Beside = Nothing>
     __device__ __forceinline__ Partial reduce(const Parameters& p, const Team& team, const RowSpan& span, const Slice& slice,
@@ -254,7 +255,7 @@ struct Centred : LogitDifference<Square<float>> {
       factor = p.gradient_factor(factor, row.inv_classes);
       Writer<H> write(gradient, span, slice);
 #pragma unroll
-      for (int v = 0; v < kHeld; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
         if (v >= slice.count) break;
         const H student = still_packed(s[v]), teacher = still_packed(t[v]);
         float g[H::width];
@@ -299,7 +300,7 @@ struct Centred : LogitDifference<Square<float>> {
     template <class F>
     __device__ __forceinline__ void for_each(const Slice& slice, F f) const {
 #pragma unroll
-      for (int v = 0; v < kHeld; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
         if (v >= slice.count) break;
         const H student = still_packed(s[v]), teacher = still_packed(t[v]);
 #pragma unroll
@@ -346,7 +347,7 @@ struct Centred : LogitDifference<Square<float>> {
 
 template <class Element>
 struct ByPasses : LogitDifference<Element> {
-  static constexpr int kHeld = 0;
+  static constexpr int kHeld = 0, kHeldForward = 0;
 };
 
 template <template <class> class ElementOf, class F>

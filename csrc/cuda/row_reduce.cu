@@ -51,8 +51,8 @@ Device& current_device() {
 // ----------------------------------------------------------------------------------------------
 //
 // A thread holds c = 32 logits of a pair of one 16-bit format, 16 of another pair: w, x and the student's logits take 80, or
-// 48, of the 128 registers that 512 threads leave to each. (The squares around 0 hold nothing: c is 256, or 128.) The bounds in
-// parentheses are for c = 32 and 16.
+// 48, of the 128 registers that 512 threads leave to each. (The KL without a gradient holds the logits alone, and c is 64, or
+// 32; the squares around 0 hold nothing: c is 256, or 128.) The bounds in parentheses are for c = 32 and 16.
 //
 //   row                                     team                    why
 //   <= 32 c   (1024, 512 logits)            1 .. 32 lanes           no barrier; as few lanes as hold it, for short reductions

@@ -258,6 +258,19 @@ struct HeldBF16 {
     asm("max.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
     return c;
   }
+  struct LargerPair {
+    __device__ __forceinline__ uint32_t operator()(uint32_t a, uint32_t b) const { return larger_pair(a, b); }
+    static constexpr uint32_t identity = nothing;
+  };
+  // The largest two, of the even and of the odd places.
+  using Pair = uint32_t;
+  static __device__ __forceinline__ Pair pair(const HeldBF16& v) {
+    return larger_pair(larger_pair(v.word[0], v.word[1]), larger_pair(v.word[2], v.word[3]));
+  }
+  static __device__ __forceinline__ float larger_of(Pair pair) {
+    const HeldBF16 v{{pair}};
+    return fmaxf(v[0], v[1]);
+  }
   __device__ __forceinline__ HeldBF16 larger(const HeldBF16& other) const {
     HeldBF16 c;
 #pragma unroll
@@ -280,6 +293,19 @@ struct HeldF16 {
     asm("max.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
     return c;
   }
+  struct LargerPair {
+    __device__ __forceinline__ uint32_t operator()(uint32_t a, uint32_t b) const { return larger_pair(a, b); }
+    static constexpr uint32_t identity = nothing;
+  };
+  // The largest two, of the even and of the odd places.
+  using Pair = uint32_t;
+  static __device__ __forceinline__ Pair pair(const HeldF16& v) {
+    return larger_pair(larger_pair(v.word[0], v.word[1]), larger_pair(v.word[2], v.word[3]));
+  }
+  static __device__ __forceinline__ float larger_of(Pair pair) {
+    const HeldF16 v{{pair}};
+    return fmaxf(v[0], v[1]);
+  }
   __device__ __forceinline__ HeldF16 larger(const HeldF16& other) const {
     HeldF16 c;
 #pragma unroll
@@ -293,6 +319,12 @@ struct HeldFloat {
   float number[width];
 
   __device__ __forceinline__ float operator[](int i) const { return number[i]; }
+  using Pair = float;  // the largest
+  static __device__ __forceinline__ Pair pair(const HeldFloat& v) {
+    return fmaxf(fmaxf(v.number[0], v.number[1]), fmaxf(v.number[2], v.number[3]));
+  }
+  static __device__ __forceinline__ float larger_of(Pair pair) { return pair; }
+  static __device__ __forceinline__ Pair larger_pair(Pair a, Pair b) { return fmaxf(a, b); }
   __device__ __forceinline__ HeldFloat larger(const HeldFloat& other) const {
     HeldFloat c;
 #pragma unroll
@@ -606,8 +638,9 @@ __device__ __forceinline__ void finish(const Task& task, const KdLossArgs& args)
   }
 }
 
-// A loss L has: kHeld, the vectors of a row that a thread takes; kBlocks, of the largest size, that a multiprocessor is to
-// hold; kStats; Parameters, with `args` in it; Partial, the numbers of a slice, and Row, those of a row, all floats;
+// A loss L has: kHeld, the vectors of a row that a thread takes, and kHeldForward, the same where no gradient is wanted;
+// kBlocks, of the largest size, that a multiprocessor is to hold; kStats; Parameters, with `args` in it; Partial, the numbers
+// of a slice, and Row, those of a row, all floats;
 //   Held<H, wants_gradient>  a slice in registers: reduce() makes its Partial, write_gradient() needs the Row
 //   row_of(parameters, partial)                  the Row of a single slice; of a loss that keeps numbers in shared memory
 //                                                meanwhile, row_of(parameters, partial, team, shared)
@@ -806,6 +839,12 @@ struct PassesArgsOf<L, true> {
 template <class L>
 using PassesArgs = typename PassesArgsOf<L>::type;
 
+// The vectors of a row that a thread takes at most.
+template <class L>
+int most_held(const typename L::Args& args) {
+  return args.grad_student.data || args.grad_teacher.data ? L::kHeld : L::kHeldForward;
+}
+
 template <class L>
 Plan plan_of(const typename L::Args& args) {
   if (by_passes<L>(args)) {
@@ -815,7 +854,7 @@ Plan plan_of(const typename L::Args& args) {
     return plan;
   }
   return plan_rows(args.rows, vectors_of_row(args.student, args.classes, vector_width(args.student.dtype, args.teacher.dtype)),
-                   L::kHeld);
+                   most_held<L>(args));
 }
 
 template <class L>
