@@ -135,6 +135,7 @@ def _watched() -> bool:
     return bool(_dispatch_modes() or _function_modes() or _profiled() or _traced())
 
 
+_strided = torch.strided
 _SCALARS = [torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.float64)]
 
 
@@ -147,6 +148,8 @@ def direct(
         torch.compiler.is_compiling()
         or type(student) is not Tensor
         or type(teacher) is not Tensor
+        or student.layout is not _strided
+        or student.is_nested
         or student.numel() > _C.DIRECT_PAIRS
         or student.is_neg()
         or teacher.is_neg()

@@ -159,6 +159,19 @@ def test_declined_with_nothing_written(dtype: torch.dtype):
     assert (gradient != marker).all()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_other_layouts_are_refused_by_name(reduction: str, requires_grad: bool):
+    s, t = logits()
+    for wrong in (torch.nested.nested_tensor([s[0], s[1]]), s.to_sparse(), s.to_mkldnn()):
+        wrong = wrong.detach().requires_grad_(requires_grad)
+        with pytest.raises(TypeError, match="student_logits must be a dense tensor"):
+            kdfast.kl_div_tau(wrong, t, reduction=reduction)
+        with pytest.raises(TypeError, match="teacher_logits must be a dense tensor"):
+            kdfast.kl_div_tau(s.clone().requires_grad_(requires_grad), wrong.detach(), reduction=reduction)
+
+
 def test_a_wrong_target_is_named():
     s, t = logits()
     for wrong in (5, -1):
