@@ -261,7 +261,8 @@ struct KlRow {
     }
     // Nearly all mass in one class on both sides, and a class of little mass far off: either form loses the shift's digits.
     const F shift = stat[KlStat::shift];
-    if (rest == 0 && s0 < kPeaked && z < kPeaked && shift * shift < mean * mean / 64) stat[KlStat::shift] = log_ratio_of_peaks();
+    if (rest == 0 && s0 < kPeaked && z < kPeaked && shift * shift < mean * mean / 64)
+      stat[KlStat::shift] = log_ratio_of_peaks();
   }
 
   void store_stats(void* to, int64_t at) const {
