@@ -48,6 +48,8 @@ struct HardPart {
   KDFAST_INLINE IntOf<V> target_lane(int64_t i) const { return lane_numbers<V>() == ScalarOf<IntOf<V>>(target - i); }
 
   void start(F s_max) { stat[HardStat::s_max] = s_max; }
+  // In a row that knows only a logit near the largest. The exponentials it shares are `powers`.
+  void start_plain(const PowersFrom& powers, F s_near) { start(shares ? F(powers.origin / powers.c) : s_near); }
   // Adds a vector to the sums, and leaves its exponentials in a scratch row where `keep`. shared: those of the soft part, which
   // at tau = 1 are the same.
   template <bool keep, class Lanes>
@@ -67,10 +69,11 @@ struct HardPart {
   }
   void finish_row(const Sums& sums) {
     if (!counts) return;
-    const F others = sums.others.value(), z = others + sums.target_exponential, gap = stat[HardStat::s_max] - sums.target_s;
-    // Where the target has the largest logit, log z is small and its terms are not: 1 + others.
-    const F log_z = gap == 0 ? math::log1p(others) : math::log(z);
-    loss = log_z + gap;
+    const F others = sums.others.value(), e_target = sums.target_exponential, z = others + e_target;
+    const F gap = stat[HardStat::s_max] - sums.target_s;
+    // The loss of a likely target is small, and log z and the gap are not.
+    loss = others < e_target ? math::log1p(others / e_target) : math::log(z) + gap;
+    const F log_z = loss - gap;
     if (smoothing != 0) loss = (1 - smoothing) * loss + smoothing * (log_z + sums.below_max.value() / F(classes));
     stat[HardStat::inv_z] = 1 / z;
     stat[HardStat::slope] = -others / z;

@@ -30,6 +30,7 @@ struct KlRow {
   static constexpr F kNarrow = sizeof(F) == 4 ? 2 : -1;  // the range of WidePhiSeries
   static constexpr F kMostFolded = 4096;
   static constexpr F kPeaked = F(1.015625);
+  static constexpr double ln_2_exactly = 0.693147180559945309;
   static constexpr bool kSixteenBits = sizeof(S) == 2 && sizeof(T) == 2;
 
   KlTemperatures<F> k;
@@ -40,12 +41,16 @@ struct KlRow {
   F rest = 0;                           // of the plain form
   F s0 = 0, s1 = 0, z = 0, excess = 0;  // the sums of w, w x, v and w phi(x)
   F kl = 0, exp_of_shift = 0;           // e^-shift, of a narrow row
+  double reference = 0;                 // log of the ratio of the units of z and s0, of a plain row
   // Every |x| is at most kNarrow, no class masked, no w below 2^-kShortExp2Limit: then e^x comes from the series, and the
   // student's exponentials are not needed.
   bool narrow = false;
   // In a narrow row the constants under w are folded into one multiply-add, whose rounding is the same for every class: w is
   // 2^w_excess of what it should be. The row's ratios do not show it; the numbers that leave the row do.
   F folded_t_max = 0, w_excess = 0;
+  // Student and teacher are not near each other, nothing is masked and no power too large: then loss and gradient lose nothing
+  // in the plain form, which needs no maximum before the sums.
+  bool plain = false;
   bool infinite = false;  // the student is at -inf where the teacher is not, be the mass there too small for a float
 
   KlRow() = default;
@@ -73,6 +78,89 @@ struct KlRow {
       t -= stat[KlStat::t_offset];
     }
     return ((s - t) - stat[KlStat::centre]) * k.inv_tau;
+  }
+
+  // The two tensors' powers in a plain row. The exponents are those of one temperature, log2(e) / student_log2, to the last
+  // bit.
+  struct PlainPowers {
+    PowersFrom teacher, student;
+    PlainPowers(const KlRow& row)
+        : teacher(row.k.student_log2, row.stat[KlStat::t_max]), student(row.k.student_log2, row.stat[KlStat::s_max]) {}
+  };
+  static constexpr int64_t kManyClasses = 256;
+  static constexpr F kFar = F(0.3), kFarSquared = F(0.015), kLeastGradient = F(0.1);
+
+  // Whether the row looks plain in a few of its classes. Leaves their largest logits in the place of the row's.
+  bool guess_plain() {
+    const F tau = 1 / k.inv_tau;
+    V s, t;
+    bool far;
+    if (classes < kManyClasses) {
+      const First lanes{classes < kLanes<V> ? int(classes) : kLanes<V>};
+      const F s_first = load<V>(student, First{1}, 0)[0], t_first = load<V>(teacher, First{1}, 0)[0];
+      s = student_logits(0, lanes, s_first);
+      t = teacher_logits(0, lanes, t_first);
+      const V d = (s - t) - (s_first - t_first);
+      far = any(d * d > kFar * kFar * tau * tau);
+    } else {
+      const auto at = [&](int i) { return (classes / 4 * i); };
+      V d[4];
+      s = t = splat<V>(-inf);
+      for (int i = 0; i < 4; ++i) {
+        const V s_i = student_logits(at(i), Full{}), t_i = teacher_logits(at(i), Full{});
+        s = vmax(s_i, s);
+        t = vmax(t_i, t);
+        d[i] = s_i - t_i;
+      }
+      const V first = d[0] - d[1], second = d[2] - d[3];
+      far = sum(first * first + second * second) > kFarSquared * 4 * kLanes<V> * tau * tau;
+    }
+    stat[KlStat::s_max] = largest(s);
+    stat[KlStat::t_max] = largest(t);
+    return far;
+  }
+
+  // sum_row of a plain row: the sums of w, v and w^2, and of w (s - t) in the place of w x.
+  template <bool keep, class Hard>
+  void sum_plain_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, const S* next_student) {
+    typename Hard::Sums hard_sums;
+    const PlainPowers powers(*this);
+    if constexpr (Hard::kStats > 0) hard.start_plain(powers.student, stat[KlStat::s_max]);
+    Sum<V> sum_w, sum_wd, sum_v;
+    V sum_ww{};
+    const auto add = [&](int64_t i, auto lanes) {
+      __builtin_prefetch(next_student + i, 0, 2);
+      const V s = student_logits(i, lanes, 0), t = teacher_logits(i, lanes, 0);
+      const V w = only(lanes, powers.teacher(t)), v = only(lanes, powers.student(s));
+      sum_w += w;
+      sum_wd += w * (s - t);
+      sum_v += v;
+      sum_ww += w * w;
+      if constexpr (keep) {
+        store(kept_w + i, w, lanes);
+        store(kept_v + i, v, lanes);
+      }
+      if constexpr (Hard::kStats > 0) hard.template add<keep>(hard_sums, kept_e, i, lanes, s, v);
+    };
+    for_each_vector<V>(classes, 0, add, sum_w, sum_wd, sum_v, hard_sums);
+    if constexpr (Hard::kStats > 0) hard.finish_row(hard_sums);
+    s0 = sum_w.value();
+    s1 = sum_wd.value();
+    z = sum_v.value();
+    excess = sum(sum_ww);
+    reference = ln_2_exactly * (powers.student.origin - powers.teacher.origin);
+  }
+
+  // The loss of a plain row, or false: where it is not large beside the errors of its terms. These are kBias where many classes
+  // have a part in the sums, and kError where one has all the mass (sum w^2 / S0^2 is 1 then).
+  bool finish_plain_row() {
+    constexpr double kBias = 2e-8, kError = 1e-7, kBudget = 2.5e-6;
+    if (!(s0 < kMostPower && z < kMostPower && excess < kMostPower)) return false;
+    const double inv_s0 = 1 / double(s0), mean = ln_2_exactly * k.student_log2 * s1 * inv_s0;
+    const double log_ratio = math::log(z * inv_s0) + reference, loss = log_ratio - mean;
+    const double error = kBias + kError * __builtin_sqrtf(F(excess * inv_s0 * inv_s0));
+    kl = F(loss);
+    return loss * kBudget > error * (1 + (mean < 0 ? -mean : mean)) && loss < kMostPower;
   }
 
   // The pass for the maxima, and what follows from them. Fetches another row's teacher.
@@ -336,6 +424,26 @@ struct KlRow {
     grad_student.zero(classes);
   }
 
+  // The pass for the student's gradient in a plain row, or false: where the gradient is small beside the probabilities, so that
+  // their difference loses digits.
+  template <class Weights, class Hard>
+  bool write_plain_gradient(Weights weights, const Hard& hard, F factor, const GradientRow<S>& grad_student) const {
+    const F p = factor / s0, q = factor / z;
+    V squares{};
+    const auto write = [&](int64_t i, auto lanes) {
+      const V s = student_logits(i, lanes, 0), w = weights.teacher(i, lanes, teacher_logits(i, lanes, 0));
+      V g = weights.student(i, lanes, s) * q - w * p;
+      squares += g * g;
+      if constexpr (Hard::kStats > 0)
+        if (hard.writes) g += hard.gradient(weights, i, lanes, s);
+      grad_student.put(i, g, lanes);
+    };
+    for_each_vector<V>(classes, grad_student.template head<V>(), write);
+    if (!(sum(squares) > kLeastGradient * kLeastGradient * p * p * excess)) return false;
+    grad_student.zero(classes);
+    return true;
+  }
+
   // The pass for the gradients: the student's where it is wanted, the teacher's where `for_teacher`. weights.teacher(i, lanes,
   // t) and weights.student(i, lanes, s) are w and v.
   template <bool for_teacher, class Weights, class Hard>
@@ -405,6 +513,22 @@ struct KlDivTau {
     }
   };
 
+  struct RecomputedPlain {
+    const typename Row::PlainPowers& powers;
+    template <class Lanes>
+    KDFAST_INLINE V teacher(int64_t, Lanes lanes, V t) const {
+      return only(lanes, powers.teacher(t));
+    }
+    template <class Lanes>
+    KDFAST_INLINE V student(int64_t, Lanes lanes, V s) const {
+      return only(lanes, powers.student(s));
+    }
+    template <class Lanes>
+    KDFAST_INLINE V exponential(const Hard& hard, int64_t i, Lanes lanes, V s) const {
+      return hard.shares ? student(i, lanes, s) : hard.exponential(s);
+    }
+  };
+
   template <bool for_teacher, class Weights>
   static void gradients(const Args& args, int64_t r, F weight, const Row& row, Hard& hard, Weights weights) {
     const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
@@ -449,6 +573,20 @@ struct KlDivTau {
     row.write_narrow_gradient(each, weights, hard, grad_row * F(args.grad_scale) * F(args.scale / args.tau), grad_student);
   }
 
+  template <class Weights>
+  static bool plain_gradient(const Args& args, int64_t r, F weight, const Row& row, Hard& hard, Weights weights) {
+    const F grad_row = args.grad_loss.at(r, F(1)) * weight;
+    const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
+    if constexpr (Hard::kStats > 0) {
+      hard.scale(grad_row * F(args.hard_grad_scale));
+      if (hard.alone) {
+        hard.write_gradient(weights, grad_student);
+        return true;
+      }
+    }
+    return row.write_plain_gradient(weights, hard, grad_row * F(args.grad_scale) * F(args.scale / args.tau), grad_student);
+  }
+
   // Rows of few classes go through each pass together: what a row waits for between two passes is then another row's work.
   static constexpr int kTogether = 16, kTogetherClasses = 2048;
   static constexpr int kKeptRows = Hard::kStats > 0 ? 3 : 2;
@@ -462,6 +600,9 @@ struct KlDivTau {
     const KlTemperatures<F> temperatures(args);
     const int64_t classes = args.classes, most = kTogetherClasses / classes;
     const int64_t together = most < 1 ? 1 : most > kTogether ? kTogether : most;
+    // (A plain row leaves no stats, and may be read again when its gradient is written.)
+    const bool may_be_plain =
+        sizeof(F) == 4 && temperatures.equal && args.row_stats == nullptr && args.grad_student.data != args.student.data;
     Scratch<F> scratch(keep ? together * classes * kKeptRows : 0);
     F weight[kTogether];
     Row rows[kTogether];
@@ -472,30 +613,60 @@ struct KlDivTau {
     for (int64_t first = begin; first < end; first += together) {
       const int64_t count = first + together < end ? together : end - first;
       const auto next = [&](int64_t i) { return first + i + together < end ? first + i + together : first + i; };
+      const auto find_sums = [&](int64_t i) {
+        Row& row = rows[i];
+        const S* next_student = row_of<S>(args.student, next(i));
+        if constexpr (sizeof(F) == 4)
+          if (row.plain) return row.template sum_plain_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
+        if constexpr (Hard::kStats > 0) hard[i].start(row.stat[KlStat::s_max]);
+        if (row.narrow)
+          row.template sum_narrow_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
+        else
+          row.template sum_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
+      };
+      const auto read_again = [&](int64_t i) {  // a row that is not plain after all
+        rows[i] = Row(temperatures, row_of<S>(args.student, first + i), row_of<T>(args.teacher, first + i), classes);
+        rows[i].find_reference(rows[i].teacher);
+        find_sums(i);
+        rows[i].finish_row();
+      };
+      const auto store_loss = [&](int64_t i) {
+        const F loss = rows[i].kl * F(args.scale) * weight[i];
+        hard[i].store_loss(args, first + i, weight[i], weight[i] != 0 ? loss : 0);
+      };
       for (int64_t i = 0; i < count; ++i) {
         const int64_t r = first + i;
         rows[i] = Row(temperatures, row_of<S>(args.student, r), row_of<T>(args.teacher, r), classes);
         hard[i] = Hard(args, r, rows[i].student);
         weight[i] = args.weight.at(r, F(1));
-        if (weight[i] != 0) rows[i].find_reference(row_of<T>(args.teacher, next(i)));
-      }
-      for (int64_t i = 0; i < count; ++i) {
         if (weight[i] == 0) continue;
-        const S* next_student = row_of<S>(args.student, next(i));
-        if constexpr (Hard::kStats > 0) hard[i].start(rows[i].stat[KlStat::s_max]);
-        if (rows[i].narrow)
-          rows[i].template sum_narrow_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
-        else
-          rows[i].template sum_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
+        if constexpr (sizeof(F) == 4) rows[i].plain = may_be_plain && rows[i].guess_plain();
+        if (!rows[i].plain) rows[i].find_reference(row_of<T>(args.teacher, next(i)));
       }
+      for (int64_t i = 0; i < count; ++i)
+        if (weight[i] != 0) find_sums(i);
       for (int64_t i = 0; i < count; ++i) {
-        if (weight[i] != 0) rows[i].finish_row();
-        const F loss = rows[i].kl * F(args.scale) * weight[i];
-        hard[i].store_loss(args, first + i, weight[i], weight[i] != 0 ? loss : 0);
+        if (weight[i] != 0) {
+          if (!rows[i].plain)
+            rows[i].finish_row();
+          else if (!rows[i].finish_plain_row())
+            read_again(i);
+        }
+        store_loss(i);
         rows[i].store_stats(args.row_stats, (first + i) * kStats);
         hard[i].store_stats(args.row_stats, (first + i) * kStats + KlStat::count);
       }
       if (!args.grad_student.data) continue;
+      const auto write_plain = [&](int64_t i) {
+        if constexpr (sizeof(F) == 4) {
+          if constexpr (keep)
+            return plain_gradient(args, first + i, weight[i], rows[i], hard[i], Kept{kept_w(i), kept_v(i), kept_e(i)});
+          const typename Row::PlainPowers powers(rows[i]);
+          return plain_gradient(args, first + i, weight[i], rows[i], hard[i], RecomputedPlain{powers});
+        } else {
+          return false;
+        }
+      };
       const auto write = [&](int64_t i, auto weights) {
         if (weight[i] != 0 && rows[i].narrow)
           narrow_gradient<keep>(args, first + i, weight[i], rows[i], hard[i], weights, kept_w(i), kept_v(i));
@@ -503,6 +674,11 @@ struct KlDivTau {
           gradients<false>(args, first + i, weight[i], rows[i], hard[i], weights);
       };
       for (int64_t i = 0; i < count; ++i) {
+        if (rows[i].plain) {
+          if (write_plain(i)) continue;
+          read_again(i);
+          store_loss(i);
+        }
         if constexpr (keep)
           write(i, Kept{kept_w(i), kept_v(i), kept_e(i)});
         else

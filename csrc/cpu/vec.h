@@ -213,6 +213,45 @@ KDFAST_INLINE VecF short_exp2(VecF x) {
   return (VecF)((IntOf<VecF>)mantissa + ((IntOf<VecF>)shifted << T::mantissa));
 }
 
+// 2^(c x - origin) to about an ulp, with an origin that makes it 1 near x = `from`; c x itself is not rounded (but in the
+// baseline), however large it is. 0 where it is below the normal numbers, kMostPower or more (or NaN) where it is above that.
+inline constexpr float kMostPower = 0x1p+100f;
+struct PowersFrom {
+  float c, from;
+  double origin;
+
+#if defined(KDFAST_AVX512)
+  // 2^(i / 32)
+  alignas(64) static constexpr float kPowers[32] = {
+      1.0f,       1.0218972f, 1.0442737f, 1.0671405f, 1.0905077f, 1.1143868f, 1.1387886f, 1.1637249f,
+      1.1892071f, 1.2152474f, 1.2418578f, 1.269051f,  1.2968396f, 1.3252367f, 1.3542556f, 1.38391f,
+      1.4142135f, 1.4451808f, 1.4768262f, 1.5091645f, 1.5422108f, 1.5759809f, 1.6104903f, 1.6457555f,
+      1.6817929f, 1.7186193f, 1.7562522f, 1.7947091f, 1.8340081f, 1.8741677f, 1.9152066f, 1.9571441f};
+  static constexpr float magic = 0x1.8p+18f, kMostOrigin = 120;  // adding magic rounds to 1/32
+  VecF low, high;                                                // 2^(i / 32 - origin)
+
+  PowersFrom(float c, float from) : c(c), from(from) {
+    const float shift = from * c, bounded = shift > kMostOrigin ? kMostOrigin : shift > -kMostOrigin ? shift : -kMostOrigin;
+    const float whole = (bounded + VecOf<float>::magic) - VecOf<float>::magic;
+    origin = whole;
+    low = _mm512_scalef_ps(_mm512_loadu_ps(kPowers), splat<VecF>(-whole));
+    high = _mm512_scalef_ps(_mm512_loadu_ps(kPowers + 16), splat<VecF>(-whole));
+  }
+  KDFAST_INLINE VecF operator()(VecF x) const {
+    const VecF shifted = _mm512_fmadd_ps(x, splat<VecF>(c), splat<VecF>(magic)), rounded = shifted - magic;
+    const VecF power = math::polynomial<math::StepExp2Series>((VecF)_mm512_fmsub_ps(x, splat<VecF>(c), rounded));
+    const VecF step = _mm512_permutex2var_ps(low, (__m512i)shifted, high);  // by the five lowest bits
+    return _mm512_scalef_ps(step * power, rounded);                         // (FlushSubnormals is on)
+  }
+#else
+  PowersFrom(float c, float from) : c(c), from(from) { origin = kFused ? double(from * c) : double(from) * c; }
+  KDFAST_INLINE VecF operator()(VecF x) const {
+    const VecF y = kFused ? multiply_subtract(x, c, float(origin)) : (x - from) * c;
+    return exp2_nonpositive(vmin(splat<VecF>(126), y));
+  }
+#endif
+};
+
 // Sixteen-bit formats: widened exactly, narrowed to nearest even. Written so that flushed subnormals (FlushSubnormals below) do
 // not touch a half's own subnormals.
 template <class V>
