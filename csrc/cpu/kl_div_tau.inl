@@ -140,7 +140,7 @@ struct KlRow {
         store(kept_w + i, w, lanes);
         store(kept_v + i, v, lanes);
       }
-      if constexpr (Hard::kStats > 0) hard.template add<keep>(hard_sums, kept_e, i, lanes, s, v);
+      if constexpr (Hard::kStats > 0) hard.template add<keep>(hard_sums, kept_e, i, lanes, student_logits(i, lanes), v);
     };
     for_each_vector<V>(classes, 0, add, sum_w, sum_wd, sum_v, hard_sums);
     if constexpr (Hard::kStats > 0) hard.finish_row(hard_sums);
