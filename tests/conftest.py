@@ -34,3 +34,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(params=contract.LOSSES)
 def loss(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+OBJECTIVES = [helpers.Objective(name) for name in contract.LOSSES] + [helpers.Objective("kd_loss", (("soft", "mse"),))]
+
+
+@pytest.fixture(params=OBJECTIVES, ids=str)
+def objective(request: pytest.FixtureRequest) -> helpers.Objective:
+    return request.param

@@ -1,8 +1,8 @@
 """docs/contract.md: what holds for which loss on which backend, collected from the tests that prove it.
 
 A test says what it proves by a mark, ``@pytest.mark.contract("row")``, with the title of a row below. Its parameters say for which
-loss (``loss``, ``name`` or ``variant``) and backend (``where``, ``kernel`` or ``backend``; without one: "cpp"); ``losses=`` and
-``backends=`` of the mark say it where there is no parameter. A cell is ticked where a test of it passed.
+loss (``loss``, ``name``, ``variant`` or ``objective``) and backend (``where``, ``kernel`` or ``backend``; without one: "cpp");
+``losses=`` and ``backends=`` of the mark say it where there is no parameter. A cell is ticked where a test of it passed.
 
 ``pytest --contract`` rewrites the table, and a whole run fails where the table says something else than the run proved. A run of a
 part of the tests (``-k``, a file) proves too little for that: it never fails here, and ``--contract`` with ``-k`` only adds ticks.
@@ -94,6 +94,8 @@ def cells_of(item: pytest.Item) -> set[Cell]:
 
 
 def _loss_of(item: pytest.Item, parameters: dict[str, Any]) -> Sequence[str]:
+    if "objective" in parameters:
+        return (parameters["objective"].loss,)
     if "variant" in parameters:
         return (item.module.VARIANTS[parameters["variant"]]["loss"],)  # type: ignore[attr-defined]
     return tuple(parameters[name] for name in ("loss", "name") if name in parameters)[:1]

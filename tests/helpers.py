@@ -605,6 +605,14 @@ def _logits(regime: str, shape: tuple[int, ...], pair: tuple[torch.dtype, torch.
 # running
 
 
+def with_a_class_far_off(tau: float) -> tuple[Tensor, Tensor]:
+    """Rows of one class with nearly all the mass on both sides, and one of little mass that the student puts far off: the small numbers
+    are not to be lost beside the 1 of the large class."""
+    t = torch.tensor([[0, -8.0, -60], [0, -14, -60], [0, -14, -60], [0, -9, -9]])
+    s = torch.tensor([[0, -2000.0, -60], [0, -20000, -60], [0, -2e6, -12], [0, -3000, -6]])
+    return s * tau, t * tau
+
+
 def target_of(loss: str, target: Tensor) -> dict[str, Tensor]:
     """The argument that kd_loss alone takes."""
     return {"target": target} if loss == "kd_loss" else {}
@@ -622,6 +630,23 @@ def loss_of(loss: str) -> Callable[..., Any]:
         return call(student, teacher, default_target(student.shape[:-1], student.shape[-1]), **options)
 
     return with_target
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss as training takes it: kd_loss is two, by its soft part."""
+
+    loss: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return "-".join([self.loss, *(str(value) for _, value in self.options)])
+
+    def __call__(self, student: Tensor, teacher: Tensor, **options: Any) -> Any:
+        return loss_of(self.loss)(student, teacher, **dict(self.options), **options)
+
+    def oracle(self, student: Any, teacher: Any, **options: Any) -> Truth:
+        return oracle(self.loss, student, teacher, **dict(self.options), **options)
 
 
 @dataclass(frozen=True)

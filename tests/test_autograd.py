@@ -18,6 +18,7 @@ from helpers import (
     F32,
     F64,
     INF,
+    Objective,
     check_grad,
     check_loss,
     default_target,
@@ -426,7 +427,7 @@ def test_checkpoint(backend: str, variant: str, use_reentrant: bool) -> None:
 @pytest.mark.contract("autocast: bfloat16, float16")
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @backends
-def test_autocast_takes_the_logits_as_they_are(loss: str, dtype: torch.dtype, backend: str) -> None:
+def test_autocast_takes_the_logits_as_they_are(objective: Objective, dtype: torch.dtype, backend: str) -> None:
     """No cast, up or down, happens on the way in; the loss stays float32 and bit-equal to the call outside."""
     for kinds in ((F32, F32), (dtype, dtype), (F32, dtype)):
         s, t = logits("typical", (6, 35), kinds)
@@ -434,13 +435,13 @@ def test_autocast_takes_the_logits_as_they_are(loss: str, dtype: torch.dtype, ba
         for enabled in (True, False):
             x = s.clone().requires_grad_()
             with torch.autocast("cpu", dtype=dtype, enabled=enabled):
-                value = loss_of(loss)(x, t, backend=backend)
+                value = objective(x, t, backend=backend)
             value.backward()
             results.append((value.detach(), x.grad))
         (a, ga), (b, gb) = results
         assert a.dtype == F32 and ga is not None and ga.dtype == kinds[0]
         assert torch.equal(a, b) and torch.equal(ga, gb) and b > 0
-        truth = oracle(loss, s, t)
+        truth = objective.oracle(s, t)
         check_loss(a, truth, (s, t))
         check_grad(ga, truth.student, s, (s, t))
 

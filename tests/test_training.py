@@ -21,13 +21,12 @@ from contract import LOSSES
 from helpers import (
     F32,
     F64,
+    Objective,
     check_grad,
     check_loss,
     default_target,
     eager,
     logits,
-    loss_of,
-    oracle,
     peak_memory,
     relative_l2,
     to_numpy,
@@ -161,14 +160,14 @@ def test_aot_inductor(tmp_path: Path) -> None:
 
 @pytest.mark.contract("`GradScaler`")
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_grad_scaler(loss: str, backend: str) -> None:
+def test_grad_scaler(objective: Objective, backend: str) -> None:
     """float16 logits whose gradient underflows unless it is scaled; and a step whose scale overflows is left out."""
     s, t = logits("typical", (6, 35))
-    truth = oracle(loss, s.half(), t, reduction="sum", denominator=1e7)
+    truth = objective.oracle(s.half(), t, reduction="sum", denominator=1e7)
     weight = nn.Parameter(s.half().float())
     optimizer = torch.optim.SGD([weight], lr=1e6)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=1000)
-    value = loss_of(loss)(weight.half(), t, reduction="sum", denominator=1e7, backend=backend)
+    value = objective(weight.half(), t, reduction="sum", denominator=1e7, backend=backend)
     scaler.scale(value).backward()
     scaler.unscale_(optimizer)
     assert weight.grad is not None
@@ -179,7 +178,7 @@ def test_grad_scaler(loss: str, backend: str) -> None:
     assert not torch.equal(weight, before) and scaler.get_scale() == 2.0**20
     optimizer.zero_grad()
     before = weight.detach().clone()
-    value = loss_of(loss)(weight.half(), t, reduction="sum", backend=backend)
+    value = objective(weight.half(), t, reduction="sum", backend=backend)
     scaler.scale(value).backward()
     scaler.step(optimizer)
     scaler.update()
@@ -253,10 +252,10 @@ def test_fully_sharded_data_parallel(distributed: Any) -> None:
 
 @pytest.mark.contract("threads calling at once")
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_threads(loss: str, backend: str) -> None:
+def test_threads(objective: Objective, backend: str) -> None:
     """As nn.DataParallel calls a loss: several Python threads at once, forward and backward, in both ways to a gradient."""
     work = [logits("typical", (300, 128), seed=seed) for seed in range(4)]  # more than one task of kdfast's own threads
-    truths = [oracle(loss, s, t, reduction="sum") for s, t in work]
+    truths = [objective.oracle(s, t, reduction="sum") for s, t in work]
     start = threading.Barrier(len(work))
     errors: list[BaseException] = []
 
@@ -266,7 +265,7 @@ def test_threads(loss: str, backend: str) -> None:
             start.wait(60)
             for i in range(10):
                 x, y = s.clone().requires_grad_(), t.clone().requires_grad_(i % 2 == 1)
-                value = loss_of(loss)(x, y, reduction="sum", backend=backend)
+                value = objective(x, y, reduction="sum", backend=backend)
                 value.backward()
                 check_loss(value.detach(), truth, (s, t))
                 check_grad(x.grad, truth.student, s, (s, t))
@@ -319,9 +318,8 @@ SLACK = 12 << 20  # O(rows), and what the allocator and the threads round up
 
 
 @pytest.mark.contract("memory of a gradient: itself and O(rows)")
-def test_memory_of_gradients(loss: str) -> None:
+def test_memory_of_gradients(objective: Objective) -> None:
     """Written during the forward (the student's, of a scalar), or recomputed in the backward: never more than the gradients."""
-    call = loss_of(loss)
     wide = torch.rand(ROWS, CLASSES), torch.rand(ROWS, CLASSES)
     narrow = tuple(x.half() for x in wide)
     for pair, grads, reduction in (
@@ -335,20 +333,19 @@ def test_memory_of_gradients(loss: str) -> None:
         sides = [x for x in (s, t) if x.requires_grad]
 
         def step(s: Tensor = s, t: Tensor = t, sides: Any = sides, reduction: str = reduction) -> None:
-            torch.autograd.grad(call(s, t, reduction=reduction).sum(), sides)
+            torch.autograd.grad(objective(s, t, reduction=reduction).sum(), sides)
 
         size = len(grads) * s.numel() * s.element_size()
         assert 0.9 * size <= peak_memory(step) < size + SLACK, (s.dtype, grads, reduction)
 
 
 @pytest.mark.contract("memory of `inplace_backward`: O(rows)")
-def test_memory_in_place(loss: str) -> None:
+def test_memory_in_place(objective: Objective) -> None:
     s, t = torch.rand(ROWS, CLASSES), torch.rand(ROWS, CLASSES)
     inner = s.requires_grad_() * 1
-    call = loss_of(loss)
 
     def step() -> None:
-        torch.autograd.grad(call(inner, t, inplace_backward=True), inner)
+        torch.autograd.grad(objective(inner, t, inplace_backward=True), inner)
 
     assert peak_memory(step) < SLACK
 

@@ -63,6 +63,7 @@ def interpret() -> None:
     options(where)
     both_gradients(where)
     specials(where)
+    far_off(where, (3, 300, 5000, 20000))  # in a tile of rows, of one row, in blocks
     strides(where)
     agreement(where)
     hard_part(where)
@@ -435,6 +436,28 @@ def specials(where: h.Where) -> None:
             h.check(where, "kl_div_tau", student, teacher, grads="st", reduction="none", **options)
 
 
+def far_off(where: h.Where, widths: tuple[int, ...]) -> None:
+    """Student and teacher agree but for a class far off, beside one class that has the mass, or several; each row by itself."""
+    several = (
+        ((0, 0, -8), (0, 0, -2000)), ((0, -0.1, -8), (-0.1, 0, -2000)), ((0, -14, -4.6), (0, -20000, -4.6001)),
+        ((0, -2, -2), (0, -2.3, -900)), ((0, -0.847, -60), (0, -600, -60)), ((0, -3, -60), (0, -6000, -60)),
+    )  # fmt: skip
+    for k, tau in itertools.product(widths, (0.05, 1.0)):
+        if k > 1000 and tau == 1.0:
+            continue
+        one = h.with_a_class_far_off(tau)
+        more = [torch.tensor([row[side] for row in several]) * tau for side in (1, 0)]
+        rows = [*zip(*one, strict=True), *zip(*more, strict=True)]
+        for student, teacher in rows[:: max(1, k // 3000)]:
+            at = (torch.arange(3) * 2503 + k // 2) % k  # in a block each, of a long row
+            row = torch.full((2, 1, k), -90.0 * tau)
+            row[0, 0, at], row[1, 0, at] = student, teacher
+            for grads, reduction in (("s", "sum"), ("st", "sum"), ("st", "none")):
+                h.check(where, "kl_div_tau", *row, tau=tau, grads=grads, reduction=reduction)
+            h.check(where, "kl_div_tau", row[0] + 8.0 * tau, row[1], tau=tau)
+            h.check(where, "kd_loss", *row, tau=tau, alpha=1.0)
+
+
 def strides(where: h.Where) -> None:
     student, teacher = h.logits("typical", (3, 4, 20))
     for loss in ("kl_div_tau", "logit_mse", "logit_huber", "kd_loss"):
@@ -602,6 +625,7 @@ def emulate(counts: Path) -> None:
         h.check(where, loss, student, teacher, row_weight=weight, reduction="mean", num_classes=20, grads="st")
     h.check(where, "kl_div_tau", *h.logits("typical", (3, 5000)), tau=math.inf, grads="s")
     outside(where)
+    far_off(where, (3, 5000))
     for soft in ("kl", "mse"):
         for k in (20, 5000, 20000):
             h.check(where, "kd_loss", *h.logits("typical", (3, k)), soft=soft, tau=1.0, grads="st", reduction="none")

@@ -1,5 +1,6 @@
-// Robust difference of the logits on CUDA: the pseudo-Huber and the smooth L1 loss, by the rows of logit_difference.cuh.
-#include "logit_difference.cuh"
+// Robust difference of the logits on CUDA: the pseudo-Huber and the smooth L1 loss, by the rows of logit_difference.cuh
+// or by none (joined_rows.cuh).
+#include "joined_rows.cuh"
 
 namespace kdfast::cuda {
 namespace {
@@ -66,7 +67,7 @@ void forward(const LogitHuberArgs& args, const Call& call) {
   const auto kernel = is_wide(args.student.dtype, args.teacher.dtype) ? passes_forward_kernel<ElementOf, double>
                                                                       : passes_forward_kernel<ElementOf, float>;
   args.center ? run_forward<ByPasses<ElementOf<float>>>(args, call, HuberStat::count, "logit_huber", kernel)
-              : run_forward<Plain<ElementOf<float>>>(args, call, 0, "logit_huber", kernel);
+              : run_plain_forward<ElementOf<float>>(args, call, "logit_huber", kernel);
 }
 template <template <class> class ElementOf>
 void backward(const LogitHuberArgs& args, const Call& call) {
@@ -80,7 +81,7 @@ void backward(const LogitHuberArgs& args, const Call& call) {
 
 size_t workspace_bytes(const LogitHuberArgs& args) {
   return args.center ? workspace_bytes<ByPasses<Pseudo<float>>>(args, HuberStat::count)
-                     : workspace_bytes<Plain<Pseudo<float>>>(args, 0);
+                     : workspace_of_plain<Plain<Pseudo<float>>>(args);
 }
 
 void logit_huber_forward(const LogitHuberArgs& args, const Call& call) {

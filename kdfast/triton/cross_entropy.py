@@ -7,7 +7,7 @@ others: where the target has nearly all the mass, they alone are the loss.
 import triton
 import triton.language as tl
 
-from kdfast.triton.kl_math import log1p_nonnegative, number, weight, zero_if_masked
+from kdfast.triton.kl_math import log1p_series, number, weight, zero_if_masked
 
 STATS = tl.constexpr(3)  # HardStat of csrc/kl_math.h: top, 1 / z, the gradient at the target
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -50,7 +50,7 @@ def hard_of_row(top, s_target, column, others, below_mean, smoothing, F: tl.cons
     """(loss, 1 / z, gradient at the target); NaN where the target is no class."""
     gap = top - tl.where(column < 0, float("nan"), s_target)
     z = others + tl.exp(-gap)
-    log1p = tl.where(others <= 1.0, log1p_nonnegative(tl.minimum(others, 1.0)), tl.log(1.0 + others))
+    log1p = tl.where(others <= 1.0, log1p_series(tl.minimum(others, 1.0)), tl.log(1.0 + others))
     log_z = tl.where(gap == 0.0, log1p, tl.log(z))
     loss = (log_z + gap) * number(1.0 - smoothing, F)
     if below_mean is not None:

@@ -29,15 +29,21 @@ from kdfast.triton.cross_entropy import (
 )
 from kdfast.triton.kl_math import (
     STABLE_BELOW,
+    around,
     centred,
+    difference,
     empty_part,
     excess_around_mean,
     frame_of_tile,
+    loses_digits,
     loss_of_row,
     merge,
+    near_limit,
     number,
     part_of_tile,
+    ratio_less_one,
     rest_of,
+    shift_of_ratio,
     student_gradient,
     teacher_gradient,
     temperatures,
@@ -107,7 +113,8 @@ def _store_gradients(
     p_factor, q_factor = tl.where(used, factor * inv_s0, 0.0), tl.where(used, factor * inv_z, 0.0)
     if grad_student is not None:
         f = number(for_student, F)
-        g = student_gradient(w, v, y - shift[:, None], (f * p_factor)[:, None], (f * q_factor)[:, None])
+        near = near_limit(shift)[:, None]
+        g = student_gradient(w, v, y - shift[:, None], near, (f * p_factor)[:, None], (f * q_factor)[:, None])
         g = with_hard(g, hard, HARD)
         store_gradient(grad_student, student_grad_layout, student_width, row, k, rows, classes, g, V, PADDED)
     if grad_teacher is not None:
@@ -138,7 +145,7 @@ def rows_kernel(
     s = load_tile(student, student_layout, row, k, mask, F, V)
     t = load_tile(teacher, teacher_layout, row, k, mask, F, V)
     temps = temperatures(ratio, inv_tau, student_log2, teacher_log2, F)
-    frame, infinite, w = frame_of_tile(s, t, temps, READ)
+    frame, infinite, w, top = frame_of_tile(s, t, temps, READ)
     v = weight(s, frame[1][:, None], temps[2])
     y = centred(s, t, frame, temps, READ)
     rest = rest_of(frame, frame[1], frame[0], temps, READ)
@@ -146,6 +153,17 @@ def rows_kernel(
     mean = tl.sum(w * y, 1) / s0
     excess = excess_around_mean(tl.sum(w_phi(w, v, y, tl.exp(rest)[:, None]), 1), mean, s0)
     kl, mean, shift = loss_of_row(rest, mean, s0, z, excess, infinite)
+    if row_stats is not None or grad_student is not None or grad_teacher is not None:
+        lost = loses_digits(kl, shift - (top - frame[4]) * temps[1])
+        frame, mean, shift = around(tl.where(lost, top, frame[4]), frame, mean, shift, temps)
+        if tl.max(lost.to(tl.int32), 0) == 1:
+            s_again = load_tile(student, student_layout, row, k, mask, F, V)  # rather than have registers for it in every row
+            t_again = load_tile(teacher, teacher_layout, row, k, mask, F, V)
+            w, v = weight(t_again, frame[0][:, None], temps[3]), weight(s_again, frame[1][:, None], temps[2])
+            y = centred(s_again, t_again, frame, temps, READ)
+            exp_rest = tl.exp(rest_of(frame, frame[1], frame[0], temps, READ))[:, None]
+            less_one = tl.sum(ratio_less_one(w, v, y, exp_rest), 1) / s0
+            shift = tl.where(lost, shift_of_ratio(less_one, shift), shift)
     hard = None
     if HARD != "":
         column, counts = target_of(target, target_stride, ignore_index, row, rows, classes, used)
@@ -200,7 +218,7 @@ def blocks_kernel(
     mask = used[:, None] & (k < end)[None, :]
     s = load_tile(student, student_layout, row, k, mask, F, V)
     t = load_tile(teacher, teacher_layout, row, k, mask, F, V)
-    frame, _infinite, s0 = frame_of_tile(s, t, temps, READ)
+    frame, _infinite, s0, _top = frame_of_tile(s, t, temps, READ)
     rest = rest_of(frame, frame[1], frame[0], temps, READ)
     exp_rest = tl.exp(rest)[:, None]
     y, z = centred(s, t, frame, temps, READ), weight(s, frame[1][:, None], temps[2])
@@ -235,7 +253,8 @@ def blocks_kernel(
     kl, mean, shift = loss_of_row(rest, mean, s0, z, around_mean, 0.0)
     # Not where the loss is infinite, nor where the first block stands so far off that what is left around the mean has lost more than
     # three bits.
-    good = (kl - kl == 0.0) & (s0 > 1e-4) & (s0 < 1e8) & (z > 1e-4) & (z < 1e8) & (tl.sum(s2, 1) >= 1.125 * s0 * mean * mean)
+    variance = tl.sum(s2, 1) / s0 - mean * mean
+    good = (kl - kl == 0.0) & (s0 > 1e-4) & (s0 < 1e8) & (z > 1e-4) & (z < 1e8) & (variance >= 0.125 * mean * mean)
     good &= (kl >= STABLE_BELOW) | (around_mean * s0 * 9.0 >= excess * tl.exp(-mean))
 
     if HARD != "":
@@ -244,27 +263,46 @@ def blocks_kernel(
         good &= ~counts | ((hard_z > 1e-4) & (hard_z < 1e8))
         m_top, m_others = s_target, tl.zeros_like(rest)
 
-    # Then every block in its own frame, merged.
-    part = empty_part(rest)
-    for start in range(0, tl.where(tl.min(good.to(tl.int32), 0) == 1, 0, classes), C):
-        mask = used[:, None] & (start + k < end)[None, :]
-        s = load_tile(student, student_layout, row, start + k, mask, F, V)
-        t = load_tile(teacher, teacher_layout, row, start + k, mask, F, V)
-        part = merge(part, part_of_tile(s, t, temps, READ), temps, READ)
-        if HARD != "":
-            m_top, m_others = add_block(m_top, m_others, s, start + k, column)
-    merged, m_rest, m_mean, m_s0, m_z, m_excess, infinite = part
-    m_excess = m_excess * tl.exp(tl.maximum(m_rest - m_mean, 0.0)) / m_s0
-    m_kl, m_mean, m_shift = loss_of_row(m_rest, m_mean, m_s0, m_z, m_excess, infinite)
-    kl, mean, shift = tl.where(good, kl, m_kl), tl.where(good, mean, m_mean), tl.where(good, shift, m_shift)
-    inv_s0, inv_z = 1.0 / tl.where(good, s0, m_s0), 1.0 / tl.where(good, z, m_z)
-    frame = (
-        tl.where(good, frame[0], merged[0]),
-        tl.where(good, frame[1], merged[1]),
-        tl.where(good, frame[2], merged[2]),
-        tl.where(good, frame[3], merged[3]),
-        tl.where(good, frame[4], merged[4]),
-    )
+    # Else every block in its own frame, merged.
+    if tl.max((used & ~good).to(tl.int32), 0) == 1:
+        part = empty_part(rest)
+        for start in range(0, classes, C):
+            mask = used[:, None] & (start + k < end)[None, :]
+            s = load_tile(student, student_layout, row, start + k, mask, F, V)
+            t = load_tile(teacher, teacher_layout, row, start + k, mask, F, V)
+            part = merge(part, part_of_tile(s, t, temps, READ), temps, READ)
+            if HARD != "":
+                m_top, m_others = add_block(m_top, m_others, s, start + k, column)
+        frame, rest, mean, s0, z, excess, infinite = part
+        excess = excess * tl.exp(tl.maximum(rest - mean, 0.0)) / s0
+        kl, mean, shift = loss_of_row(rest, mean, s0, z, excess, infinite)
+    inv_s0, inv_z = 1.0 / s0, 1.0 / z
+
+    if row_stats is not None or grad_student is not None or grad_teacher is not None:
+        # Where student and teacher agree but for a class far off, the variance is much more than twice the loss.
+        far = used & (~good | (variance > 16.0 * kl) | (mean * mean > kl))
+        again = tl.where(tl.max(far.to(tl.int32), 0) == 1, classes, 0)
+        t_top, s_top = tl.full([1], -float("inf"), F), tl.full([1], -float("inf"), F)
+        for start in range(0, again, C):
+            mask = used[:, None] & (start + k < end)[None, :]
+            s = load_tile(student, student_layout, row, start + k, mask, F, V)
+            t = load_tile(teacher, teacher_layout, row, start + k, mask, F, V)
+            t_max = tl.maximum(t_top, tl.max(t, 1))
+            s_top = tl.maximum(
+                tl.where(t_top == t_max, s_top, -float("inf")), tl.max(tl.where(t == t_max[:, None], s, -float("inf")), 1)
+            )
+            t_top = t_max
+        top = difference(zero_if_masked(s_top), zero_if_masked(t_top), frame[2], frame[3], temps, READ)
+        frame, mean, shift = around(tl.where(far, top, frame[4]), frame, mean, shift, temps)
+        exp_rest = tl.exp(rest_of(frame, frame[1], frame[0], temps, READ))[:, None]
+        less_one = tl.zeros([1, C], F)
+        for start in range(0, again, C):
+            mask = used[:, None] & (start + k < end)[None, :]
+            s = load_tile(student, student_layout, row, start + k, mask, F, V)
+            t = load_tile(teacher, teacher_layout, row, start + k, mask, F, V)
+            w, v = weight(t, frame[0][:, None], temps[3]), weight(s, frame[1][:, None], temps[2])
+            less_one += ratio_less_one(w, v, centred(s, t, frame, temps, READ), exp_rest)
+        shift = tl.where(far, shift_of_ratio(tl.sum(less_one, 1) * inv_s0, shift), shift)
 
     store_loss(loss, row, rows, tl.where(used, kl * number(scale, F) * factor, 0.0), PER_ROW)
     if HARD != "":

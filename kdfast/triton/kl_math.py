@@ -81,8 +81,8 @@ def phi(x):
 
 
 @triton.jit
-def log1p_nonnegative(x):
-    """log1p(x) for 0 <= x <= 1, where tl.log(1 + x) has lost digits: 2 atanh(x / (2 + x))."""
+def log1p_series(x):
+    """log1p(x) for -1/2 <= x <= 1, where tl.log(1 + x) has lost digits: 2 atanh(x / (2 + x))."""
     r = x / (x + 2.0)
     r2 = r * r
     if x.dtype == tl.float64:
@@ -165,7 +165,8 @@ def zero_if_masked(x):
 
 @triton.jit
 def frame_of_tile(s, t, temps, READ: tl.constexpr):
-    """(t_max, s_max, s_offset, t_offset, centre) of a tile's rows; 1 where a row's loss is infinite, or it holds NaN; its w."""
+    """(t_max, s_max, s_offset, t_offset, centre) of a tile's rows; 1 where a row's loss is infinite, or it holds NaN; its w; the difference
+    at its class j."""
     t_max = tl.max(t, 1)
     s_j, s_max = tl.max(tl.where(t == t_max[:, None], s, -float("inf")), 1), tl.max(s, 1)
     t_max, s_max = zero_if_masked(t_max), zero_if_masked(s_max)
@@ -178,14 +179,14 @@ def frame_of_tile(s, t, temps, READ: tl.constexpr):
         s_offset, t_offset = tl.where(on_student, offset, 0.0), tl.where(on_student, 0.0, -offset)
     else:
         s_offset, t_offset = s_j, t_max
-    centre = difference(s_j, t_max, s_offset, t_offset, temps, READ)
+    top = difference(s_j, t_max, s_offset, t_offset, temps, READ)
     # Around class j, and once more around the mean, both from the logits: a class that has all the mass keeps its exact zero, and a
     # class j far off the mean costs the others no digits.
     w = weight(t, t_max[:, None], temps[3])
-    d = tl.minimum(difference(s, t, s_offset[:, None], t_offset[:, None], temps, READ), MASKED) - centre[:, None]
+    d = tl.minimum(difference(s, t, s_offset[:, None], t_offset[:, None], temps, READ), MASKED) - top[:, None]
     s0, s1 = tl.sum(w, 1), tl.sum(w * d, 1)
-    centre += tl.where(s0 == 0.0, 0.0, s1 / s0)
-    return (t_max, s_max, s_offset, t_offset, centre), tl.where(s1 - s1 == 0.0, 0.0, 1.0), w
+    centre = top + tl.where(s0 == 0.0, 0.0, s1 / s0)
+    return (t_max, s_max, s_offset, t_offset, centre), tl.where(s1 - s1 == 0.0, 0.0, 1.0), w, top
 
 
 @triton.jit
@@ -215,7 +216,7 @@ def loss_of_row(rest, mean, s0, z, excess, infinite):
     log_ratio = tl.log(tl.where(z == 0.0, SMALLEST, z) / s0) + rest
     plain = log_ratio - mean
     stable = plain < STABLE_BELOW
-    kl = tl.where(stable, log1p_nonnegative(tl.where(excess < 0.0, 0.0, excess)), plain)
+    kl = tl.where(stable, log1p_series(tl.where(excess < 0.0, 0.0, excess)), plain)
     kl = tl.where(kl < 0.0, 0.0, kl)
     shift = tl.where(stable, mean + kl, log_ratio)
     return tl.where(infinite > 0.0, float("inf"), kl) + nan, mean + nan, shift + nan
@@ -225,6 +226,37 @@ def loss_of_row(rest, mean, s0, z, excess, infinite):
 def excess_around_mean(excess, mean, s0):
     """sum w phi(x - m) / S0 from sum w phi(x)."""
     return tl.exp(-mean) * (excess / s0 - phi(mean))
+
+
+# A student that agrees with its teacher but for a class of little mass, which it puts far off: the mean, and with it a frame's centre, lie
+# between that class and the others, x - shift is 0 at these but for what an ulp of the centre leaves of it, and that is the gradient. Such
+# a row is read around class j, where x is exactly 0, and its shift is made of each class's q - p.
+
+
+@triton.jit
+def loses_digits(kl, z_top):
+    """From x - shift at class j: whether rounding of the size of kl is not small beside it. (Above 2, q - p is taken as written.)"""
+    return tl.abs(z_top) * 8.0 < tl.minimum(kl, 2.0)
+
+
+@triton.jit
+def around(centre, frame, mean, shift, temps):
+    """A row's frame, mean and shift with another centre."""
+    t_max, s_max, s_offset, t_offset, old = frame
+    moved = (old - centre) * temps[1]
+    return (t_max, s_max, s_offset, t_offset, centre), mean + moved, shift + moved
+
+
+@triton.jit
+def ratio_less_one(w, v, y, exp_rest):
+    """w (e^x - 1), whose sum over S0 is e^shift - 1."""
+    return tl.where(small(y), w * expm1_series(y), v * exp_rest - w)
+
+
+@triton.jit
+def shift_of_ratio(ratio, plain):
+    """The shift from ratio = e^shift - 1; plain, the same as the difference of logarithms, serves where that is not small."""
+    return tl.where(tl.abs(ratio) < 0.5, log1p_series(tl.where(tl.abs(ratio) < 0.5, ratio, 0.0)), plain)
 
 
 # A row in parts. A part is (frame, rest, mean, s0, z, excess, infinite):
@@ -243,7 +275,7 @@ def empty_part(like):
 
 @triton.jit
 def part_of_tile(s, t, temps, READ: tl.constexpr):
-    frame, infinite, w = frame_of_tile(s, t, temps, READ)
+    frame, infinite, w, _top = frame_of_tile(s, t, temps, READ)
     v = weight(s, frame[1][:, None], temps[2])
     y = centred(s, t, frame, temps, READ)
     rest = rest_of(frame, frame[1], frame[0], temps, READ)
@@ -302,10 +334,17 @@ def merge(a, b, temps, READ: tl.constexpr):
 
 
 @triton.jit
-def student_gradient(w, v, z, p_factor, q_factor):
+def near_limit(shift):
+    """q - p is taken as p expm1(z) where z^2 is below this: 1/4, or 0 in a row whose shift is large, since z is no better than an ulp of
+    that, and q - p as written no worse than one of p."""
+    return tl.where(shift * shift < 4.0, 0.25, 0.0)
+
+
+@triton.jit
+def student_gradient(w, v, z, near, p_factor, q_factor):
     """(q - p) times a factor that p_factor = factor / S0 and q_factor = factor / Z hold;  z = x - shift."""
     p = w * p_factor
-    return tl.where(small(z), p * expm1_series(z), v * q_factor - p)
+    return tl.where(z * z < near, p * expm1_series(z), v * q_factor - p)
 
 
 @triton.jit
