@@ -396,7 +396,7 @@ class KlDivTau(Call):
         self.temperatures = (
             tau / teacher_tau, 1 / tau, log2_e / tau, log2_e / teacher_tau, scale, scale / tau, scale / teacher_tau
         )  # fmt: skip
-        sixteen_bits = student.element_size() == 2 and teacher.element_size() == 2
+        sixteen_bits = self.sixteen_bits = student.element_size() == 2 and teacher.element_size() == 2
         self.constants["READ"] = "scaled" if tau != teacher_tau else "exact" if sixteen_bits else "shifted"
 
     def launch_forward(
@@ -409,7 +409,7 @@ class KlDivTau(Call):
     ) -> Tensor:
         per_row, gradients = loss is not None, (grad_student, grad_teacher)
         count = sum(x is not None for x in gradients)
-        tiles, resident = forward_tiles(self.classes, self.dtype.itemsize, count, self.hard is not None)
+        tiles, resident = forward_tiles(self.classes, self.dtype.itemsize, count, self.hard is not None, self.sixteen_bits)
         if resident:
             row_stats = None if self.forgetful else row_stats
             given = per_row, None, divisor
@@ -437,7 +437,7 @@ class KlDivTau(Call):
         divisor: Divisor,
     ) -> None:
         if self.forgetful:
-            tiles, _ = forward_tiles(self.classes, self.dtype.itemsize, 2, self.hard is not None)
+            tiles, _ = forward_tiles(self.classes, self.dtype.itemsize, 2, self.hard is not None, self.sixteen_bits)
             rest = False, grad_loss, divisor
             tile = self.tile(tiles, KlDivTau.launch_rows, rest, None, None, grad_student, grad_teacher)
             self.launch_rows(tile, *rest, None, None, grad_student, grad_teacher)
@@ -501,12 +501,13 @@ class KlDivTau(Call):
         )  # fmt: skip
 
 
-def forward_tiles(classes: int, itemsize: int, gradients: int, hard: bool) -> tuple[tuple[Tile, ...], bool]:
+def forward_tiles(classes: int, itemsize: int, gradients: int, hard: bool, sixteen_bits: bool) -> tuple[tuple[Tile, ...], bool]:
     """Tiles, and whether a row lies in one."""
     c = max(16, triton.next_power_of_2(classes))
     double = itemsize == 8
-    # Without a gradient nothing is gained from keeping a longer row; a second one takes registers, as do the hard part's exponentials.
-    largest = 4096 if double or gradients == 0 else 16384 // gradients
+    # Without a gradient nothing is gained from keeping a longer row; a second one takes registers, as do the hard part's exponentials
+    # and logits of float32.
+    largest = 4096 if double or gradients == 0 else min(16384 // gradients, 16384 if sixteen_bits else 8192)
     if c <= (largest // 2 if hard else largest):
         return tiles_of_rows(c, itemsize), True
     if double:
