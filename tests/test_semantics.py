@@ -325,6 +325,18 @@ def test_one_class_with_all_the_mass(tau: float) -> None:
     check(Where("cpu", "cpp"), "kl_div_tau", student=s, teacher=t, tau=tau, scale_by_tau_squared=False, grads="st")
 
 
+@pytest.mark.parametrize("tau", [0.05, 1.0, 4.0])
+@pytest.mark.parametrize("alike", [2, 3, 40, 300])
+def test_several_classes_with_all_the_mass(alike: int, tau: float) -> None:
+    """Alike on both sides, and one class of little mass far off."""
+    t, s = torch.zeros(3, alike + 1), torch.zeros(3, alike + 1)
+    t[:, -1] = -8
+    s[:, -1] = torch.tensor([-60.0, -2000, -20000])
+    s[0, 0] = 0.25
+    check(Where("cpu", "cpp"), "kl_div_tau", student=s * tau, teacher=t * tau, tau=tau, scale_by_tau_squared=False, grads="s")
+    check(Where("cpu", "cpp"), "kl_div_tau", student=s * tau, teacher=t * tau, tau=tau, scale_by_tau_squared=False, grads="st")
+
+
 @pytest.mark.contract("-inf on both sides is as if the class were not there")
 @WIDTHS
 @parts_of_a_batch

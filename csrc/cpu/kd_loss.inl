@@ -72,8 +72,9 @@ struct HardPart {
     const F others = sums.others.value(), e_target = sums.target_exponential, z = others + e_target;
     const F gap = stat[HardStat::s_max] - sums.target_s;
     // The loss of a likely target is small, and log z and the gap are not.
-    loss = others < e_target ? math::log1p(others / e_target) : math::log(z) + gap;
-    const F log_z = loss - gap;
+    const bool likely = others < e_target;
+    loss = likely ? math::log1p(others / e_target) : math::log(z) + gap;
+    const F log_z = likely ? loss - gap : math::log(z);
     if (smoothing != 0) loss = (1 - smoothing) * loss + smoothing * (log_z + sums.below_max.value() / F(classes));
     stat[HardStat::inv_z] = 1 / z;
     stat[HardStat::slope] = -others / z;

@@ -29,7 +29,7 @@ struct KlRow {
   static constexpr F inf = F(__builtin_inf()), ln_2 = F(0.693147180559945309), log2_e = F(1.44269504088896341);
   static constexpr F kNarrow = sizeof(F) == 4 ? 2 : -1;  // the range of WidePhiSeries
   static constexpr F kMostFolded = 4096;
-  static constexpr F kPeaked = F(1.015625);
+  static constexpr F kMostRest = 64;  // e^rest is far from infinity
   static constexpr double ln_2_exactly = 0.693147180559945309;
   static constexpr bool kSixteenBits = sizeof(S) == 2 && sizeof(T) == 2;
 
@@ -41,7 +41,7 @@ struct KlRow {
   F rest = 0;                           // of the plain form
   F s0 = 0, s1 = 0, z = 0, excess = 0;  // the sums of w, w x, v and w phi(x)
   F kl = 0, exp_of_shift = 0;           // e^-shift, of a narrow row
-  double reference = 0;                 // log of the ratio of the units of z and s0, of a plain row
+  F ww = 0, wv = 0, vv = 0;             // the sums of the products, of a plain row
   // Every |x| is at most kNarrow, no class masked, no w below 2^-kShortExp2Limit: then e^x comes from the series, and the
   // student's exponentials are not needed.
   bool narrow = false;
@@ -88,7 +88,7 @@ struct KlRow {
         : teacher(row.k.student_log2, row.stat[KlStat::t_max]), student(row.k.student_log2, row.stat[KlStat::s_max]) {}
   };
   static constexpr int64_t kManyClasses = 256;
-  static constexpr F kFar = F(0.3), kFarSquared = F(0.015), kLeastGradient = F(0.1);
+  static constexpr F kFar = F(0.3), kFarSquared = F(0.015);
 
   // Whether the row looks plain in a few of its classes. Leaves their largest logits in the place of the row's.
   bool guess_plain() {
@@ -120,14 +120,14 @@ struct KlRow {
     return far;
   }
 
-  // sum_row of a plain row: the sums of w, v and w^2, and of w (s - t) in the place of w x.
+  // sum_row of a plain row: leaves w and v. Sums w (s - t) in the place of w x, and the products that show how far p is from q.
   template <bool keep, class Hard>
   void sum_plain_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, const S* next_student) {
     typename Hard::Sums hard_sums;
     const PlainPowers powers(*this);
     if constexpr (Hard::kStats > 0) hard.start_plain(powers.student, stat[KlStat::s_max]);
     Sum<V> sum_w, sum_wd, sum_v;
-    V sum_ww{};
+    V sum_ww{}, sum_wv{}, sum_vv{};
     const auto add = [&](int64_t i, auto lanes) {
       __builtin_prefetch(next_student + i, 0, 2);
       const V s = student_logits(i, lanes, 0), t = teacher_logits(i, lanes, 0);
@@ -136,6 +136,8 @@ struct KlRow {
       sum_wd += w * (s - t);
       sum_v += v;
       sum_ww += w * w;
+      sum_wv += w * v;
+      sum_vv += v * v;
       if constexpr (keep) {
         store(kept_w + i, w, lanes);
         store(kept_v + i, v, lanes);
@@ -147,20 +149,33 @@ struct KlRow {
     s0 = sum_w.value();
     s1 = sum_wd.value();
     z = sum_v.value();
-    excess = sum(sum_ww);
-    reference = ln_2_exactly * (powers.student.origin - powers.teacher.origin);
+    ww = sum(sum_ww);
+    wv = sum(sum_wv);
+    vv = sum(sum_vv);
   }
 
-  // The loss of a plain row, or false: where it is not large beside the errors of its terms. These are kBias where many classes
-  // have a part in the sums, and kError where one has all the mass (sum w^2 / S0^2 is 1 then).
+  // The numbers of a plain row, or false: where its loss is not large beside the errors of its terms, or its gradient beside
+  // those of the probabilities.
   bool finish_plain_row() {
-    constexpr double kBias = 2e-8, kError = 1e-7, kBudget = 2.5e-6;
-    if (!(s0 < kMostPower && z < kMostPower && excess < kMostPower)) return false;
-    const double inv_s0 = 1 / double(s0), mean = ln_2_exactly * k.student_log2 * s1 * inv_s0;
-    const double log_ratio = math::log(z * inv_s0) + reference, loss = log_ratio - mean;
-    const double error = kBias + kError * __builtin_sqrtf(F(excess * inv_s0 * inv_s0));
+    // Relative errors of a sum of many classes' terms, and of one class's; the loss's share of its budget.
+    constexpr double kBias = 2e-8, kError = 1e-7, kBudget = 2.5e-6, kLeastGradient = 0.1;
+    if (!(s0 < kMostPower && z < kMostPower && ww < kMostPower && vv < kMostPower)) return false;
+    const PlainPowers powers(*this);
+    const double inv_s0 = 1 / double(s0), inv_z = 1 / double(z), inv_tau = ln_2_exactly * k.student_log2;
+    const double mean_d = s1 * inv_s0, mean = mean_d * inv_tau;
+    const double log_ratio = math::log(z * inv_s0) + ln_2_exactly * (powers.student.origin - powers.teacher.origin);
+    const double loss = log_ratio - mean, of_p = ww * inv_s0 * inv_s0;  // sum p^2
+    const double error = (kBias + kError * __builtin_sqrtf(F(of_p))) * (1 + (mean < 0 ? -mean : mean));
+    const double of_gradient = (vv * inv_z - 2 * wv * inv_s0) * inv_z + of_p;  // sum (q - p)^2
+    if (!(loss * kBudget > error && loss < kMostPower && of_gradient > kLeastGradient * kLeastGradient * of_p)) return false;
     kl = F(loss);
-    return loss * kBudget > error * (1 + (mean < 0 ? -mean : mean)) && loss < kMostPower;
+    stat[KlStat::s_offset] = stat[KlStat::t_offset] = 0;
+    stat[KlStat::centre] = F(mean_d);
+    stat[KlStat::mean] = F((mean_d - stat[KlStat::centre]) * inv_tau);
+    stat[KlStat::shift] = F(log_ratio - stat[KlStat::centre] * inv_tau);
+    stat[KlStat::inv_s0] = F(inv_s0) * powers.teacher.unit();
+    stat[KlStat::inv_z] = F(inv_z) * powers.student.unit();
+    return true;
   }
 
   // The pass for the maxima, and what follows from them. Fetches another row's teacher.
@@ -347,10 +362,9 @@ struct KlRow {
       if (kl < 0) kl = 0;  // rounding, where nearly nothing is left
       stat[KlStat::shift] = mean + kl;
     }
-    // Nearly all mass in one class on both sides, and a class of little mass far off: either form loses the shift's digits.
+    // Classes alike on both sides that have the mass, and one of little mass far off: either form loses the shift's digits.
     const F shift = stat[KlStat::shift];
-    if (rest == 0 && s0 < kPeaked && z < kPeaked && shift * shift < mean * mean / 64)
-      stat[KlStat::shift] = log_ratio_of_peaks();
+    if (rest < kMostRest && shift * shift < mean * mean / 64) stat[KlStat::shift] = shift_of_differences();
   }
 
   void store_stats(void* to, int64_t at) const {
@@ -364,17 +378,17 @@ struct KlRow {
     copy_numbers(to, at, left, KlStat::count);
   }
 
-  // log(Z / S0) from the other classes' sums, which a float cannot hold beside the 1 of the class with the mass. Another pass.
-  __attribute__((noinline)) F log_ratio_of_peaks() const {
-    Sum<V> more, other_w;
+  // The shift from the classes' own differences, log1p(sum w (e^x - 1) / S0): those that have the mass, alike on both sides,
+  // add nothing to it. Another pass.
+  __attribute__((noinline)) F shift_of_differences() const {
+    const F exp_rest = math::exp(rest);
+    Sum<V> growth;
     const auto add = [&](int64_t i, auto lanes) {
-      const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
-      const V w = t == stat[KlStat::t_max] ? V{} : teacher_weight(t), v = s == stat[KlStat::s_max] ? V{} : student_weight(s);
-      other_w += w;
-      more += v - w;
+      const V s = student_logits(i, lanes), t = teacher_logits(i, lanes), w = teacher_weight(t), x = difference(s, t);
+      growth += x * x < 1 ? w * math::expm1_series(x) : student_weight(s) * exp_rest - w;
     };
-    for_each_vector<V>(classes, 0, add, other_w, more);
-    return math::log1p(more.value() / (1 + other_w.value()));
+    for_each_vector<V>(classes, 0, add, growth);
+    return math::log1p(growth.value() * stat[KlStat::inv_s0]);
   }
 
   // The stable form around the mean itself: another pass.
@@ -424,24 +438,19 @@ struct KlRow {
     grad_student.zero(classes);
   }
 
-  // The pass for the student's gradient in a plain row, or false: where the gradient is small beside the probabilities, so that
-  // their difference loses digits.
+  // The pass for the student's gradient in a plain row.
   template <class Weights, class Hard>
-  bool write_plain_gradient(Weights weights, const Hard& hard, F factor, const GradientRow<S>& grad_student) const {
+  void write_plain_gradient(Weights weights, const Hard& hard, F factor, const GradientRow<S>& grad_student) const {
     const F p = factor / s0, q = factor / z;
-    V squares{};
     const auto write = [&](int64_t i, auto lanes) {
       const V s = student_logits(i, lanes, 0), w = weights.teacher(i, lanes, teacher_logits(i, lanes, 0));
       V g = weights.student(i, lanes, s) * q - w * p;
-      squares += g * g;
       if constexpr (Hard::kStats > 0)
         if (hard.writes) g += hard.gradient(weights, i, lanes, s);
       grad_student.put(i, g, lanes);
     };
     for_each_vector<V>(classes, grad_student.template head<V>(), write);
-    if (!(sum(squares) > kLeastGradient * kLeastGradient * p * p * excess)) return false;
     grad_student.zero(classes);
-    return true;
   }
 
   // The pass for the gradients: the student's where it is wanted, the teacher's where `for_teacher`. weights.teacher(i, lanes,
@@ -574,17 +583,14 @@ struct KlDivTau {
   }
 
   template <class Weights>
-  static bool plain_gradient(const Args& args, int64_t r, F weight, const Row& row, Hard& hard, Weights weights) {
+  static void plain_gradient(const Args& args, int64_t r, F weight, const Row& row, Hard& hard, Weights weights) {
     const F grad_row = args.grad_loss.at(r, F(1)) * weight;
     const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
     if constexpr (Hard::kStats > 0) {
       hard.scale(grad_row * F(args.hard_grad_scale));
-      if (hard.alone) {
-        hard.write_gradient(weights, grad_student);
-        return true;
-      }
+      if (hard.alone) return hard.write_gradient(weights, grad_student);
     }
-    return row.write_plain_gradient(weights, hard, grad_row * F(args.grad_scale) * F(args.scale / args.tau), grad_student);
+    row.write_plain_gradient(weights, hard, grad_row * F(args.grad_scale) * F(args.scale / args.tau), grad_student);
   }
 
   // Rows of few classes go through each pass together: what a row waits for between two passes is then another row's work.
@@ -600,9 +606,7 @@ struct KlDivTau {
     const KlTemperatures<F> temperatures(args);
     const int64_t classes = args.classes, most = kTogetherClasses / classes;
     const int64_t together = most < 1 ? 1 : most > kTogether ? kTogether : most;
-    // (A plain row leaves no stats, and may be read again when its gradient is written.)
-    const bool may_be_plain =
-        sizeof(F) == 4 && temperatures.equal && args.row_stats == nullptr && args.grad_student.data != args.student.data;
+    const bool may_be_plain = sizeof(F) == 4 && temperatures.equal;
     Scratch<F> scratch(keep ? together * classes * kKeptRows : 0);
     F weight[kTogether];
     Row rows[kTogether];
@@ -630,10 +634,6 @@ struct KlDivTau {
         find_sums(i);
         rows[i].finish_row();
       };
-      const auto store_loss = [&](int64_t i) {
-        const F loss = rows[i].kl * F(args.scale) * weight[i];
-        hard[i].store_loss(args, first + i, weight[i], weight[i] != 0 ? loss : 0);
-      };
       for (int64_t i = 0; i < count; ++i) {
         const int64_t r = first + i;
         rows[i] = Row(temperatures, row_of<S>(args.student, r), row_of<T>(args.teacher, r), classes);
@@ -652,19 +652,18 @@ struct KlDivTau {
           else if (!rows[i].finish_plain_row())
             read_again(i);
         }
-        store_loss(i);
+        const F loss = rows[i].kl * F(args.scale) * weight[i];
+        hard[i].store_loss(args, first + i, weight[i], weight[i] != 0 ? loss : 0);
         rows[i].store_stats(args.row_stats, (first + i) * kStats);
         hard[i].store_stats(args.row_stats, (first + i) * kStats + KlStat::count);
       }
       if (!args.grad_student.data) continue;
       const auto write_plain = [&](int64_t i) {
-        if constexpr (sizeof(F) == 4) {
-          if constexpr (keep)
-            return plain_gradient(args, first + i, weight[i], rows[i], hard[i], Kept{kept_w(i), kept_v(i), kept_e(i)});
+        if constexpr (keep) {
+          plain_gradient(args, first + i, weight[i], rows[i], hard[i], Kept{kept_w(i), kept_v(i), kept_e(i)});
+        } else if constexpr (sizeof(F) == 4) {
           const typename Row::PlainPowers powers(rows[i]);
-          return plain_gradient(args, first + i, weight[i], rows[i], hard[i], RecomputedPlain{powers});
-        } else {
-          return false;
+          plain_gradient(args, first + i, weight[i], rows[i], hard[i], RecomputedPlain{powers});
         }
       };
       const auto write = [&](int64_t i, auto weights) {
@@ -674,12 +673,9 @@ struct KlDivTau {
           gradients<false>(args, first + i, weight[i], rows[i], hard[i], weights);
       };
       for (int64_t i = 0; i < count; ++i) {
-        if (rows[i].plain) {
-          if (write_plain(i)) continue;
-          read_again(i);
-          store_loss(i);
-        }
-        if constexpr (keep)
+        if (rows[i].plain)
+          write_plain(i);
+        else if constexpr (keep)
           write(i, Kept{kept_w(i), kept_v(i), kept_e(i)});
         else
           write(i, Recomputed{rows[i]});

@@ -220,6 +220,8 @@ struct PowersFrom {
   float c, from;
   double origin;
 
+  float unit() const { return math::exp(0.693147181f * float(double(from) * c - origin)); }  // 2^(c from - origin)
+
 #if defined(KDFAST_AVX512)
   // 2^(i / 32)
   alignas(64) static constexpr float kPowers[32] = {

@@ -264,8 +264,10 @@ void scale_gradient(void* out, const void* in, DType dtype, const Numbers& facto
   if (count == 0) return;
   Plan plan;
   plan.threads = 256;
-  // Four vectors a thread: most calls find a factor of 1, and then a thread costs as much as a vector.
-  const int64_t per_block = dtype == DType::f64 ? 1024 : 4096, blocks = (count + per_block - 1) / per_block;
+  // Two to four vectors a thread, more where there are blocks enough: most calls find a factor of 1, and then a thread costs as
+  // much as a vector.
+  const int64_t few = dtype == DType::f64 ? 1024 : 4096, per_block = count < (1 << 23) ? few : 8 * few;
+  const int64_t blocks = (count + per_block - 1) / per_block;
   plan.blocks = unsigned(blocks < (1 << 20) ? blocks : 1 << 20);
   Numbers by = factor;
   void *typed[] = {&out, &in, &dtype, &by, &count}, *wide[] = {&out, &in, &by, &count};
