@@ -34,6 +34,7 @@ from helpers import (
     loss_of,
     oracle,
     peak_memory,
+    places,
     resident_memory,
     target_of,
     widens_by_torch,
@@ -316,13 +317,18 @@ def test_tiny_temperatures(where: Where, k: int, tau: float) -> None:
     check(where, "kl_div_tau", student=s, teacher=t, tau=tau, scale_by_tau_squared=False, grads="st")
 
 
+# The CUDA kernels' classes of row length: part of a warp, a warp, a block, a cluster, blocks whose sums a second kernel merges.
+@pytest.mark.parametrize("k", [3, 1000, 4096, 32000, 270000])
 @pytest.mark.parametrize("tau", [0.05, 1e-12])
-def test_one_class_with_all_the_mass(tau: float) -> None:
+@pytest.mark.parametrize("place", [place for place in places() if place.backend == "cpp"], ids=str)
+def test_one_class_with_all_the_mass(place: Where, tau: float, k: int) -> None:
     """The gradient of a row whose mass lies in one class on both sides, and that is far off in another: the small numbers are not lost
     beside the 1 of the large class."""
-    t = torch.tensor([[0, -8.0, -60], [0, -14, -60], [0, -14, -60], [0, -9, -9]])
-    s = torch.tensor([[0, -2000.0, -60], [0, -20000, -60], [0, -2e6, -12], [0, -3000, -6]])
-    check(Where("cpu", "cpp"), "kl_div_tau", student=s * tau, teacher=t * tau, tau=tau, scale_by_tau_squared=False, grads="st")
+    s, t = torch.full((4, k), -90.0), torch.full((4, k), -90.0)
+    t[:, [0, k - 1, 1]] = torch.tensor([[0, -8.0, -60], [0, -14, -60], [0, -14, -60], [0, -9, -9]])
+    s[:, [0, k - 1, 1]] = torch.tensor([[0, -2000.0, -60], [0, -20000, -60], [0, -2e6, -12], [0, -3000, -6]])
+    for grads in ("s", "st"):
+        check(place, "kl_div_tau", student=s * tau, teacher=t * tau, tau=tau, scale_by_tau_squared=False, grads=grads)
 
 
 @pytest.mark.contract("-inf on both sides is as if the class were not there")
