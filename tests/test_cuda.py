@@ -149,6 +149,17 @@ def test_a_class_masked_in_the_teacher_keeps_the_students_mass() -> None:
     helpers.check(CUDA, "kl_div_tau", s, t)
 
 
+@pytest.mark.parametrize("k", [3, 1000, 32000])
+def test_the_students_top_far_from_the_teachers(k: int) -> None:
+    """A row, or a slice of one, in which the ratio of the two sides' exponentials overflows."""
+    s, t = torch.full((2, k), -5.0), torch.full((2, k), -5.0)
+    t[:, k - 1] = 20.0
+    s[:, k - 1] = -200.0
+    s[1, 0] = t[1, 0] = 40.0
+    for grads in ("s", "st"):
+        helpers.check(CUDA, "kl_div_tau", s, t, grads=grads, reduction="none")
+
+
 def test_more_elements_than_32_bits_count() -> None:
     """Each row begins one element after the one before, so that rows times K is beyond 2**31 in 4 MB; only the last two
     are read. (tests/cpp/test_row_layout.cpp has the offsets.)"""

@@ -35,6 +35,7 @@ from helpers import (
     loss_of,
     oracle,
     peak_memory,
+    places,
     resident_memory,
     target_of,
     widens_by_torch,
@@ -318,11 +319,16 @@ def test_tiny_temperatures(where: Where, k: int, tau: float) -> None:
     check(where, "kl_div_tau", student=s, teacher=t, tau=tau, scale_by_tau_squared=False, grads="st")
 
 
+# The CUDA kernels' classes of row length: part of a warp, a warp, a block, a cluster, blocks whose sums a second kernel merges.
+@pytest.mark.parametrize("k", [3, 1000, 4096, 32000, 270000])
 @pytest.mark.parametrize("tau", [0.05, 1e-12])
-def test_one_class_with_all_the_mass(tau: float) -> None:
+@pytest.mark.parametrize("place", [place for place in places() if place.backend == "cpp"], ids=str)
+def test_one_class_with_all_the_mass(place: Where, tau: float, k: int) -> None:
     """(tests/triton_runs.py has the same for Triton.)"""
-    s, t = with_a_class_far_off(tau)
-    check(Where("cpu", "cpp"), "kl_div_tau", student=s, teacher=t, tau=tau, scale_by_tau_squared=False, grads="st")
+    s, t = torch.full((4, k), -90.0 * tau), torch.full((4, k), -90.0 * tau)
+    s[:, [0, k - 1, 1]], t[:, [0, k - 1, 1]] = with_a_class_far_off(tau)
+    for grads in ("s", "st"):
+        check(place, "kl_div_tau", student=s, teacher=t, tau=tau, scale_by_tau_squared=False, grads=grads)
 
 
 @pytest.mark.parametrize("tau", [0.05, 1.0, 4.0])
@@ -333,8 +339,16 @@ def test_several_classes_with_all_the_mass(alike: int, tau: float) -> None:
     t[:, -1] = -8
     s[:, -1] = torch.tensor([-60.0, -2000, -20000])
     s[0, 0] = 0.25
-    check(Where("cpu", "cpp"), "kl_div_tau", student=s * tau, teacher=t * tau, tau=tau, scale_by_tau_squared=False, grads="s")
-    check(Where("cpu", "cpp"), "kl_div_tau", student=s * tau, teacher=t * tau, tau=tau, scale_by_tau_squared=False, grads="st")
+    for grads in ("s", "st"):
+        check(
+            Where("cpu", "cpp"),
+            "kl_div_tau",
+            student=s * tau,
+            teacher=t * tau,
+            tau=tau,
+            scale_by_tau_squared=False,
+            grads=grads,
+        )
 
 
 @pytest.mark.contract("-inf on both sides is as if the class were not there")

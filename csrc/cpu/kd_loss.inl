@@ -26,6 +26,8 @@ struct HardPart {
   F stat[HardStat::count] = {};
   bool counts = false;                         // not an ignored row
   bool shares = false;                         // its exponentials are the soft part's
+  F unit = 1;                                  // of the exponentials, beside e^(s - s_max)
+  int degree = 0;                              // of the soft part's in its exponentials, 0: not worth it
   bool writes = false;                         // it has a gradient
   bool alone = false;                          // the soft part has none
   F factor = 0, at_target = 0, elsewhere = 0;  // the gradient is e_k * factor - elsewhere, but at the target
@@ -35,6 +37,7 @@ struct HardPart {
       : student(logits), classes(args.classes), target(args.target.at(r, int64_t(0))), smoothing(F(args.label_smoothing)) {
     counts = target != args.ignore_index;
     shares = counts && args.soft == Soft::kl && args.tau == 1;
+    if (args.soft == Soft::kl) degree = args.tau == 1 ? 1 : args.tau == 2 ? 2 : args.tau == 4 ? 4 : 0;
     writes = counts && args.alpha != 1;
     alone = args.alpha == 0;
   }
@@ -47,16 +50,43 @@ struct HardPart {
   KDFAST_INLINE bool holds_target(int64_t i) const { return uint64_t(target - i) < uint64_t(kLanes<V>); }
   KDFAST_INLINE IntOf<V> target_lane(int64_t i) const { return lane_numbers<V>() == ScalarOf<IntOf<V>>(target - i); }
 
-  void start(F s_max) { stat[HardStat::s_max] = s_max; }
-  // In a row that knows only a logit near the largest. The exponentials it shares are `powers`.
-  void start_plain(const PowersFrom& powers, F s_near) { start(shares ? F(powers.origin / powers.c) : s_near); }
+  void start(F s_max, F unit_of_exponentials = 1) {
+    stat[HardStat::s_max] = s_max;
+    unit = unit_of_exponentials;
+  }
+  // The exponentials of a plain row, in units of their own: from v, the student's powers at the soft part's temperature, where
+  // that is 1, 2 or 4.
+  struct PlainExponentials {
+    PowersFrom powers;
+    int degree;
+    F unit;
+
+    PlainExponentials(const HardPart& hard, const PowersFrom& student) : powers(log2_e, student.from), degree(hard.degree) {
+      unit = 1 / (degree == 0 ? powers : student).unit();
+      if (degree > 1) unit *= unit;
+      if (degree > 2) unit *= unit;
+    }
+    KDFAST_INLINE V operator()(V s, V v) const {
+      if (degree == 0) return powers(s);
+      if (degree == 1) return v;
+      const V squared = v * v;
+      return degree == 2 ? squared : squared * squared;
+    }
+  };
   // Adds a vector to the sums, and leaves its exponentials in a scratch row where `keep`. shared: those of the soft part, which
   // at tau = 1 are the same.
   template <bool keep, class Lanes>
   KDFAST_INLINE void add(Sums& sums, F* kept_e, int64_t i, Lanes lanes, V s, V shared) const {
-    if (!counts) return;
-    V e = shared;
-    if (!shares) e = exponential(s);
+    if (counts) add_exponentials<keep>(sums, kept_e, i, lanes, s, shares ? shared : exponential(s));
+  }
+  // The same in a plain row. v: the student's powers.
+  template <bool keep, class Lanes>
+  KDFAST_INLINE void add_plain(const PlainExponentials& exponentials, Sums& sums, F* kept_e, int64_t i, Lanes lanes, V s,
+                               V v) const {
+    if (counts) add_exponentials<keep>(sums, kept_e, i, lanes, s, only(lanes, exponentials(s, v)));
+  }
+  template <bool keep, class Lanes>
+  KDFAST_INLINE void add_exponentials(Sums& sums, F* kept_e, int64_t i, Lanes lanes, V s, V e) const {
     if constexpr (keep) store(kept_e + i, e, lanes);
     if (holds_target(i)) {
       const auto at = target_lane(i);
@@ -67,9 +97,14 @@ struct HardPart {
     sums.others += e;
     if (smoothing != 0) sums.below_max += stat[HardStat::s_max] - load<V>(student + i, lanes, stat[HardStat::s_max]);
   }
+  // Whether a plain row's exponentials are within what their powers can show.
+  bool within_range(const Sums& sums) const {
+    const F z = sums.others.value() + sums.target_exponential;
+    return !counts || !(z >= kMostPower || z < 1 / kMostPower);
+  }
   void finish_row(const Sums& sums) {
     if (!counts) return;
-    const F others = sums.others.value(), e_target = sums.target_exponential, z = others + e_target;
+    const F others = sums.others.value() * unit, e_target = sums.target_exponential * unit, z = others + e_target;
     const F gap = stat[HardStat::s_max] - sums.target_s;
     // The loss of a likely target is small, and log z and the gap are not.
     const bool likely = others < e_target;
@@ -105,7 +140,7 @@ struct HardPart {
   }
 
   void scale(F by) {
-    factor = stat[HardStat::inv_z] * by;
+    factor = stat[HardStat::inv_z] * unit * by;
     elsewhere = smoothing / F(classes) * by;
     at_target = (stat[HardStat::slope] + smoothing - smoothing / F(classes)) * by;
   }

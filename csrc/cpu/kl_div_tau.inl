@@ -125,7 +125,8 @@ struct KlRow {
   void sum_plain_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, const S* next_student) {
     typename Hard::Sums hard_sums;
     const PlainPowers powers(*this);
-    if constexpr (Hard::kStats > 0) hard.start_plain(powers.student, stat[KlStat::s_max]);
+    const typename Hard::PlainExponentials exponentials(hard, powers.student);
+    hard.start(stat[KlStat::s_max], exponentials.unit);
     Sum<V> sum_w, sum_wd, sum_v;
     V sum_ww{}, sum_wv{}, sum_vv{};
     const auto add = [&](int64_t i, auto lanes) {
@@ -142,13 +143,13 @@ struct KlRow {
         store(kept_w + i, w, lanes);
         store(kept_v + i, v, lanes);
       }
-      if constexpr (Hard::kStats > 0) hard.template add<keep>(hard_sums, kept_e, i, lanes, student_logits(i, lanes), v);
+      if constexpr (Hard::kStats > 0) hard.template add_plain<keep>(exponentials, hard_sums, kept_e, i, lanes, s, v);
     };
     for_each_vector<V>(classes, 0, add, sum_w, sum_wd, sum_v, hard_sums);
     if constexpr (Hard::kStats > 0) hard.finish_row(hard_sums);
     s0 = sum_w.value();
     s1 = sum_wd.value();
-    z = sum_v.value();
+    z = hard.within_range(hard_sums) ? sum_v.value() : inf;  // (no plain row)
     ww = sum(sum_ww);
     wv = sum(sum_wv);
     vv = sum(sum_vv);
@@ -524,6 +525,7 @@ struct KlDivTau {
 
   struct RecomputedPlain {
     const typename Row::PlainPowers& powers;
+    const typename Hard::PlainExponentials& exponentials;
     template <class Lanes>
     KDFAST_INLINE V teacher(int64_t, Lanes lanes, V t) const {
       return only(lanes, powers.teacher(t));
@@ -533,8 +535,8 @@ struct KlDivTau {
       return only(lanes, powers.student(s));
     }
     template <class Lanes>
-    KDFAST_INLINE V exponential(const Hard& hard, int64_t i, Lanes lanes, V s) const {
-      return hard.shares ? student(i, lanes, s) : hard.exponential(s);
+    KDFAST_INLINE V exponential(const Hard&, int64_t, Lanes lanes, V s) const {
+      return only(lanes, exponentials(s, powers.student(s)));
     }
   };
 
@@ -622,7 +624,7 @@ struct KlDivTau {
         const S* next_student = row_of<S>(args.student, next(i));
         if constexpr (sizeof(F) == 4)
           if (row.plain) return row.template sum_plain_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
-        if constexpr (Hard::kStats > 0) hard[i].start(row.stat[KlStat::s_max]);
+        hard[i].start(row.stat[KlStat::s_max]);
         if (row.narrow)
           row.template sum_narrow_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
         else
@@ -663,7 +665,8 @@ struct KlDivTau {
           plain_gradient(args, first + i, weight[i], rows[i], hard[i], Kept{kept_w(i), kept_v(i), kept_e(i)});
         } else if constexpr (sizeof(F) == 4) {
           const typename Row::PlainPowers powers(rows[i]);
-          plain_gradient(args, first + i, weight[i], rows[i], hard[i], RecomputedPlain{powers});
+          const typename Hard::PlainExponentials exponentials(hard[i], powers.student);
+          plain_gradient(args, first + i, weight[i], rows[i], hard[i], RecomputedPlain{powers, exponentials});
         }
       };
       const auto write = [&](int64_t i, auto weights) {

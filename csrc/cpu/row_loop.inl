@@ -74,9 +74,16 @@ struct NoHardPart {
     KDFAST_INLINE void carry() {}
   };
 
+  struct PlainExponentials {
+    static constexpr F unit = 1;
+    PlainExponentials(const NoHardPart&, const PowersFrom&) {}
+  };
+
   NoHardPart() = default;
   template <class Args>
   NoHardPart(const Args&, int64_t, const S*) {}
+  void start(F, F = 1) {}
+  bool within_range(const Sums&) const { return true; }
   void read_row() {}
   void load_stats(const F*) {}
   void store_stats(void*, int64_t) const {}

@@ -6,8 +6,6 @@
 namespace kdfast::cuda {
 namespace {
 
-constexpr int kMostTeams = 128;  // of a block: one thread each
-
 KlDivTauArgs soft_args(const KdLossArgs& args, KlDivTauArgs) { return args; }
 LogitMseArgs soft_args(const KdLossArgs& args, LogitMseArgs) {
   LogitMseArgs soft;
@@ -117,9 +115,6 @@ struct KdLoss {
     float largest[kMostWarps][1], sums[kMostWarps][3], smoothed[kMostWarps][2];
   };
 
-  static __device__ __forceinline__ unsigned slot(const Team& team) {
-    return team.size > 32 ? 0 : threadIdx.x / unsigned(team.size);
-  }
   // Mixes the gradient of a vector whose class 0 would be at `first`.
   template <class H, class Exponential>
   static __device__ __forceinline__ void add_hard(const Parameters& p, const Exponential& exponential,
@@ -147,7 +142,7 @@ struct KdLoss {
                                               const void* student, const void* teacher, GradientOf gradient_of,
                                               FactorOf factor_of, Shared& shared) {
       // Kept in shared memory meanwhile: the soft part has use for every register.
-      HardSums<float>& kept = shared.kept[slot(team)];
+      HardSums<float>& kept = shared.kept[team.slot()];
       const auto beside = [&](auto... s_max) {
         const HardSums<float> sums = sum(p, team, span, slice, shared, s_max...);
         if (team.leads()) kept = sums;
@@ -155,7 +150,7 @@ struct KdLoss {
       Partial partial;
       partial.soft = soft.reduce(p.soft, team, span, slice, student, teacher, gradient_of, factor_of, shared.soft, beside);
       team.warps > 1 ? __syncthreads() : __syncwarp(team.mask);
-      if (task->plan.slices > 1) partial.hard = shared.kept[slot(team)];
+      if (task->plan.slices > 1) partial.hard = shared.kept[team.slot()];
       return partial;
     }
 
@@ -248,7 +243,7 @@ struct KdLoss {
 
   static __device__ __forceinline__ Row row_of(const Parameters& p, const Partial& partial, const Team& team,
                                                const Shared& shared) {
-    return {Soft::row_of(p.soft, partial.soft), HardRow<float>(shared.kept[slot(team)], p.smoothing, p.classes)};
+    return {Soft::row_of(p.soft, partial.soft), HardRow<float>(shared.kept[team.slot()], p.smoothing, p.classes)};
   }
 
   template <class Read>
@@ -275,6 +270,21 @@ struct KdLoss {
     return row;
   }
 
+  static __device__ __forceinline__ bool is_peaked(const Row& row)
+    requires requires { Soft::is_peaked(row.soft); }
+  {
+    return Soft::is_peaked(row.soft);
+  }
+  template <class H>
+  static __device__ __forceinline__ void sum_others(const Parameters& p, const RowSpan& span, const Slice& slice,
+                                                    const RowPointers& at, const Row& row, float (&sums)[2]) {
+    Soft::template sum_others<H>(p.soft, span, slice, at, row.soft, sums);
+  }
+  static __device__ __forceinline__ void set_log_ratio(Row& row, const float (&sums)[2]) {
+    Soft::set_log_ratio(row.soft, sums);
+  }
+  static __device__ __forceinline__ auto& shared_sums(Shared& shared) { return Soft::shared_sums(shared.soft); }
+
   static __device__ __forceinline__ void write_loss(const Parameters& p, const Row& row, float weight, int64_t index) {
     const float soft = Soft::loss_of(p.soft, row.soft, weight);
     const float hard = weight == 0 ? 0.f : row.hard.loss * weight;
@@ -293,8 +303,11 @@ struct KdLoss {
     SoftExponential<false> exponential;
 
     __device__ __forceinline__ Backward(const Parameters& p, const Task& task, int64_t index, float factor)
-        : soft(p.soft, static_cast<const float*>(p.args.row_stats) + index * kStats, factor), target(p.args, index) {
-      const float* stat = static_cast<const float*>(p.args.row_stats) + index * kStats + kSoftStats;
+        : Backward(p, task, static_cast<const float*>(p.args.row_stats) + index * kStats, index, factor) {}
+    __device__ __forceinline__ Backward(const Parameters& p, const Task& task, const float* numbers, int64_t index,
+                                        float factor)
+        : soft(p.soft, numbers, factor), target(p.args, index) {
+      const float* stat = numbers + kSoftStats;
       hard = HardGradient<float>(stat, hard_factor(p.args, task, index, p.args.weight.at(index, 1.f)), p.smoothing, p.classes);
       exponential = SoftExponential<false>(kLog2E, stat[HardStat::s_max]);
     }

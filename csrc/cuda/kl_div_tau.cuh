@@ -45,6 +45,7 @@ struct WidePhiSeries {  // 1.3e-7 relative
 constexpr uint32_t kTwoOrMore = 0x40000000u;  // set where |y| >= 2, and in infinity and NaN
 // From here on the KL, which is at least this less log S0, is as good in its plain form, and the stable one might overflow.
 constexpr float kPlainFrom = 20;
+constexpr float kPeaked = 1.015625;  // S0 and Z are below it where nearly all mass lies in one class
 
 __device__ __forceinline__ float or_zero(float top) { return top == -INFINITY ? 0.f : top; }
 // 2^((logit - top) log2), times 1 / unit.
@@ -125,9 +126,11 @@ struct KlDivTau {
     }
   };
 
-  struct Partial {
+  struct References {
     float t_max, s_max, s_j;  // s_j: the student's logit where w is 1 and x is 0
     Difference x;
+  };
+  struct Partial : References {
     // mean: -inf where the loss is infinite; excess: sum w phi(x - mean), NaN where that is large
     float s0, mean, z, excess;
   };
@@ -141,6 +144,8 @@ struct KlDivTau {
     int s_j;  // ordered as floats are
     uint32_t largest_pair[kMostWarps][1];
     float largest[kMostWarps][2], size[kMostWarps][1], all_sums[kMostWarps][3], sums[kMostWarps][2], excess[kMostWarps][1];
+    float others[kMostWarps][2];
+    References references[kMostTeams];
   };
 
   // KL in its plain form; what it is compared with, and what goes into the stable one, must come from here.
@@ -159,8 +164,9 @@ struct KlDivTau {
     static constexpr int kVectors = wants_gradient ? kHeld : kHeldForward, kKept = wants_gradient ? kHeld : 0;
 
     H s[kVectors];
-    Exponential<H::packed> weight, student_weight;
+    Exponential<H::packed> weight;
     float w_unit;
+    const References* kept;  // in shared memory: the gradient has use for every register
     // For the gradient: w; and h, which is x first and then w (exp(x - mean) - 1) / PhiSeries::kUnit, if that `is_stable`. v,
     // in the slice's units, is v_rest times w exp(x - mean) then, and v_rest times what student_weight gives otherwise.
     float w[kKept + 1][H::width], h[kKept + 1][H::width], v_rest;
@@ -179,7 +185,6 @@ struct KlDivTau {
       find_references(team, slice, t, partial, shared);
       beside(partial.s_max);
       weight = Exponential<H::packed>(p.teacher_log2, partial.t_max);
-      student_weight = Exponential<H::packed>(p.student_log2, partial.s_max);
       w_unit = weight.unit(partial.t_max);
       float size[1] = {0};
       if constexpr (!H::packed) {
@@ -189,6 +194,9 @@ struct KlDivTau {
       if (partial.s_j == -INFINITY)
         partial.s_j = p.ratio * or_zero(partial.t_max);  // any finite one will show the infinite loss
       partial.x = Difference(p, partial.s_j, or_zero(partial.t_max), size[0]);
+      References& references = shared.references[team.slot()];
+      kept = &references;
+      if (wants_gradient && team.leads()) references = partial;
       if constexpr (!wants_gradient)
         if ((H::packed ? p.exact : p.equal) && sum_at_once(p, team, slice, t, partial, shared)) return partial;
       sum_around_mean(p, team, slice, t, partial, shared);
@@ -242,14 +250,15 @@ struct KlDivTau {
 
     // Everything in one pass, around class j, where nothing is kept for a gradient. Whether that was good enough: it is not for
     // a row whose mean is far off, beside what its classes differ by or beside 1, nor for one with a class that the student
-    // alone masks.
+    // alone masks, nor where the student's largest logit is so far from class j that the sum overflows.
     __device__ __forceinline__ bool sum_at_once(const Parameters& p, const Team& team, const Slice& slice,
                                                 const H (&t)[kVectors], Partial& partial, Shared& shared) {
       using Series = WidePhiSeries;
       constexpr float unit = Series::kUnit;
       const float scale = p.inv_tau / unit, rest_log2 = (partial.s_max - partial.s_j) * p.student_log2;
-      const float v_scale = exp2_approx(rest_log2 + log2_of_units(partial)) / unit;
-      const Sums mine = add_up<Series, H::packed, true>(slice, t, partial.x, scale, 0, v_scale);
+      const Exponential<H::packed> student_weight(p.student_log2, partial.s_max);
+      const float v_scale = exp2_approx(rest_log2 + log2_of_units(student_weight, partial)) / unit;
+      const Sums mine = add_up<Series, H::packed, true>([&] { return student_weight; }, slice, t, partial.x, scale, 0, v_scale);
       float sums[3] = {mine.w, mine.wy, mine.excess};
       cuda::reduce<Sum>(team, sums, shared.all_sums);
       const float inv = 1 / sums[0], y = sums[1] * inv, phi_mean = y * y * math::polynomial<Series>(y);
@@ -258,7 +267,8 @@ struct KlDivTau {
       partial.mean = unit * y;
       partial.z = fmaf(unit, sums[1] + sums[2], sums[0]) * w_unit * exp2_approx(-rest_log2);
       partial.excess = exp2_approx(-kLog2E * partial.mean) * (unit * centred) * partial.s0;
-      return fabsf(y) < 2 && centred >= phi_mean / 8 && weight.log2 == p.teacher_log2 && student_weight.log2 == p.student_log2;
+      return rest_log2 < kLog2E * kPlainFrom && fabsf(y) < 2 && centred >= phi_mean / 8 && weight.log2 == p.teacher_log2 &&
+             student_weight.log2 == p.student_log2;
     }
 
     // First the sums from which the mean follows; then the excess around that, or, of a row with a large KL, the plain form's
@@ -269,18 +279,29 @@ struct KlDivTau {
       float sums[2];
       H::packed&& p.exact ? sum<H::packed>(slice, t, partial.x, sums) : sum<false>(slice, t, partial.x, sums);
       cuda::reduce<Sum>(team, sums, shared.sums);
+      if constexpr (wants_gradient) {
+        if (team.warps == 1) __syncwarp(team.mask);
+        static_cast<References&>(partial) = *kept;
+      }
       partial.s0 = sums[0] * w_unit;
       partial.mean = sums[1] / sums[0] * p.inv_tau;
       const float rest = (or_zero(partial.s_max) - partial.s_j) * p.inv_tau - partial.mean, rest_log2 = kLog2E * rest;
       is_stable = rest < kPlainFrom;
       float last[1];
       if (is_stable) {
-        const float v_scale = exp2_approx(rest_log2 + log2_of_units(partial)) / unit;
-        last[0] = add_up<PhiSeries, false, false>(slice, t, partial.x, p.inv_tau / unit, partial.mean / unit, v_scale).excess;
+        const Exponential<H::packed> student_weight(p.student_log2, partial.s_max);
+        const float v_scale = exp2_approx(rest_log2 + log2_of_units(student_weight, partial)) / unit;
+        const auto again = [&] { return wants_gradient ? student_exponential(p) : student_weight; };
+        last[0] =
+            add_up<PhiSeries, false, false>(again, slice, t, partial.x, p.inv_tau / unit, partial.mean / unit, v_scale).excess;
       } else {
-        last[0] = sum_student(slice);
+        last[0] = sum_student(Exponential<H::packed>(p.student_log2, partial.s_max), slice);
       }
       cuda::reduce<Sum>(team, last, shared.excess);
+      if constexpr (wants_gradient) {
+        asm volatile("" ::: "memory");  // not from the registers that they were read into before
+        static_cast<References&>(partial) = *kept;
+      }
       if (is_stable) {
         partial.excess = last[0] * (w_unit * unit);
         const float back = exp2_approx(-rest_log2);
@@ -288,11 +309,15 @@ struct KlDivTau {
         v_rest = back * w_unit;
       } else {
         partial.excess = NAN;
-        v_rest = student_weight.unit(partial.s_max);
+        v_rest = Exponential<H::packed>(p.student_log2, partial.s_max).unit(partial.s_max);
         partial.z = last[0] * v_rest;
       }
     }
-    __device__ __forceinline__ float log2_of_units(const Partial& partial) const {
+    // In terms of which v is, in a slice that holds its gradient: made again where it is wanted, which is rare.
+    __device__ __forceinline__ Exponential<H::packed> student_exponential(const Parameters& p) const {
+      return Exponential<H::packed>(p.student_log2, *static_cast<const volatile float*>(&kept->s_max));
+    }
+    __device__ __forceinline__ float log2_of_units(const Exponential<H::packed>& student_weight, const Partial& partial) const {
       return student_weight.log2_unit(partial.s_max) - weight.log2_unit(partial.t_max);
     }
 
@@ -327,7 +352,7 @@ struct KlDivTau {
       }
     }
     // sum v
-    __device__ __forceinline__ float sum_student(const Slice& slice) const {
+    __device__ __forceinline__ float sum_student(const Exponential<H::packed>& student_weight, const Slice& slice) const {
       float sum = 0;
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
@@ -344,9 +369,9 @@ struct KlDivTau {
     };
     // Sums of w, w y and w phi(u) / unit over this thread's classes, where u = unit y, y = x scale - shift, and v times v_scale
     // is w e^u / unit. For the gradient, takes w and x from where `sum` left them, and leaves h.
-    template <class Series, bool exact, bool at_once>
-    __device__ __forceinline__ Sums add_up(const Slice& slice, const H (&t)[kVectors], const Difference& x, float scale,
-                                           float shift, float v_scale) {
+    template <class Series, bool exact, bool at_once, class StudentWeight>
+    __device__ __forceinline__ Sums add_up(StudentWeight student_weight_of, const Slice& slice, const H (&t)[kVectors],
+                                           const Difference& x, float scale, float shift, float v_scale) {
       Sums sums;
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
@@ -380,6 +405,7 @@ struct KlDivTau {
             if constexpr (wants_gradient) h[v][i] = fmaf(wyy, series, wy);
           }
         } else {
+          const Exponential<H::packed> student_weight = student_weight_of();
 #pragma unroll
           for (int i = 0; i < H::width; ++i) {
             const float wk = weight_of(i), far = fmaf(student_weight(student[i]), v_scale, wk * (-1 / Series::kUnit));
@@ -420,6 +446,7 @@ struct KlDivTau {
 #pragma unroll
           for (int i = 0; i < H::width; ++i) g[i] = fmaf(h[v][i], by_h, w[v][i] * by_w);
         } else {
+          const Exponential<H::packed> student_weight = student_exponential(p);
 #pragma unroll
           for (int i = 0; i < H::width; ++i) g[i] = fmaf(student_weight(s[v][i]), q_factor, -(w[v][i] * p_factor));
         }
@@ -471,6 +498,40 @@ struct KlDivTau {
     row.w_share = row.v_share = 1;
     return row;
   }
+
+  // Nearly all mass in one class on both sides, and a class of little mass far off: shift has lost its digits, beside the mean
+  // and beside the 1 of the large class.
+  static __device__ __forceinline__ bool is_peaked(const Row& row) {
+    const float shift = row.stat[KlStat::shift], mean = row.stat[KlStat::mean];
+    return row.stat[KlStat::inv_s0] > 1 / kPeaked && row.stat[KlStat::inv_z] > 1 / kPeaked && shift * shift < 1 &&
+           shift * shift < mean * mean / 64;
+  }
+  // v - w and w of the other classes in this thread's part of such a row.
+  template <class H>
+  static __device__ __forceinline__ void sum_others(const Parameters& p, const RowSpan& span, const Slice& slice,
+                                                    const RowPointers& at, const Row& row, float (&sums)[2]) {
+    const float t_max = row.stat[KlStat::t_max], s_max = row.stat[KlStat::s_max];
+    const Exponential<false> weight(p.teacher_log2, t_max), student_weight(p.student_log2, s_max);
+    Reader<H> read_student(at.student, p.args.student.dtype, span, slice, nothing<H>()),
+        read_teacher(at.teacher, p.args.teacher.dtype, span, slice, nothing<H>());
+    sums[0] = sums[1] = 0;
+#pragma unroll 1
+    for (int i = 0; i < slice.count; ++i) {
+      H s[1], t[1];
+      read_student.next(s, 1);
+      read_teacher.next(t, 1);
+#pragma unroll
+      for (int k = 0; k < H::width; ++k) {
+        const float w = t[0][k] == t_max ? 0.f : weight(t[0][k]), v = s[0][k] == s_max ? 0.f : student_weight(s[0][k]);
+        sums[0] += v - w;
+        sums[1] += w;
+      }
+    }
+  }
+  static __device__ __forceinline__ void set_log_ratio(Row& row, const float (&sums)[2]) {
+    row.stat[KlStat::shift] = math::log1p(sums[0] / (1 + sums[1]));
+  }
+  static __device__ __forceinline__ auto& shared_sums(Shared& shared) { return shared.others; }
 
   // Slices differ in their references: their sums are brought to those of the slice that holds the row's largest teacher logit.
   struct Merge {
@@ -555,8 +616,10 @@ struct KlDivTau {
     Exponential<false> weight, student_weight;
     float p_student, q_student, p_teacher;
 
-    __device__ __forceinline__ Backward(const Parameters& p, const Task&, int64_t index, float factor)
-        : Backward(p, static_cast<const float*>(p.args.row_stats) + index * KlStat::count, factor) {}
+    __device__ __forceinline__ Backward(const Parameters& p, const Task& task, int64_t index, float factor)
+        : Backward(p, task, static_cast<const float*>(p.args.row_stats) + index * KlStat::count, index, factor) {}
+    __device__ __forceinline__ Backward(const Parameters& p, const Task&, const float* numbers, int64_t, float factor)
+        : Backward(p, numbers, factor) {}
     __device__ __forceinline__ Backward(const Parameters& p, const float* numbers, float factor)
         : weight(p.teacher_log2, numbers[KlStat::t_max]), student_weight(p.student_log2, numbers[KlStat::s_max]) {
       for (int i = 0; i < KlStat::count; ++i) stat[i] = numbers[i];
@@ -604,7 +667,7 @@ struct KlDivTau {
 // ----------------------------------------------------
 
 struct WideShared {
-  double largest[kMostWarps][3], s_at[kMostWarps][1], sums[kMostWarps][3], excesses[kMostWarps][1];
+  double largest[kMostWarps][3], s_at[kMostWarps][1], sums[kMostWarps][3], excesses[kMostWarps][1], others[kMostWarps][2];
 };
 
 struct WideKlRow {
@@ -687,6 +750,17 @@ struct WideKlRow {
       kl = math::log1p(excess[0] * inv_s0);
       kl = kl < 0 ? 0 : kl;
       stat[KlStat::shift] = mean + kl;
+    }
+    const double shift = stat[KlStat::shift];
+    if (rest == 0 && sum[0] < kPeaked && sum[2] < kPeaked && shift * shift < mean * mean / 64) {
+      double others[2] = {0, 0};
+      for (int64_t k = team.lane; k < args.classes; k += team.size) {
+        const double wk = t(k) == stat[KlStat::t_max] ? 0 : w(t(k)), vk = s(k) == stat[KlStat::s_max] ? 0 : v(s(k));
+        others[0] += vk - wk;
+        others[1] += wk;
+      }
+      cuda::reduce<Sum>(team, others, shared.others);
+      stat[KlStat::shift] = math::log1p(others[0] / (1 + others[1]));
     }
     return kl;
   }

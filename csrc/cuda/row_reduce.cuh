@@ -20,6 +20,7 @@ namespace kdfast::cuda {
 constexpr int kMostThreads = 512;  // of a block: 128 registers each
 constexpr int kMostWarps = kMostThreads / 32;
 constexpr int kMostCluster = 16;
+constexpr int kMostTeams = 128;  // of a block: one thread each
 
 // The loss of kd_loss, of its parts: one whose share is 0 does not enter, whatever it is.
 template <class F>
@@ -94,6 +95,7 @@ struct Team {
     mask = size >= 32 ? 0xFFFFFFFFu : ((1u << size) - 1) << (threadIdx.x & 31 & ~(size - 1));
   }
   __device__ bool leads() const { return lane == 0; }
+  __device__ __forceinline__ unsigned slot() const { return size > 32 ? 0 : threadIdx.x / unsigned(size); }  // of its block's
 };
 
 struct Max {
@@ -648,6 +650,9 @@ __device__ __forceinline__ void finish(const Task& task, const KdLossArgs& args)
 //                                                block's
 //   write_loss(parameters, row, weight, index)
 //   store_stats(row, to)                         kStats numbers
+// and, if its numbers may want a second look at the row,
+//   is_peaked(row)                               whether they do
+//   sum_others<H>(...), set_log_ratio(row, sums) what to add up over the row, and what follows
 template <class L, bool with_stats>
 __device__ __forceinline__ void finish_row(const typename L::Parameters& parameters, const typename L::Row& row, float weight,
                                            int64_t index) {
@@ -655,6 +660,92 @@ __device__ __forceinline__ void finish_row(const typename L::Parameters& paramet
   if constexpr (with_stats)
     if (parameters.args.row_stats != nullptr)
       L::store_stats(row, static_cast<float*>(parameters.args.row_stats) + index * L::kStats);
+}
+
+// Where a row's logits lie.
+struct RowPointers {
+  const void *student, *teacher;
+
+  __device__ __forceinline__ RowPointers(const LossArgs& args, int64_t index)
+      : student(static_cast<const char*>(args.student.data) + args.student.rows.offset(index) * size_of(args.student.dtype)),
+        teacher(static_cast<const char*>(args.teacher.data) + args.teacher.rows.offset(index) * size_of(args.teacher.dtype)) {}
+};
+
+// What the gradient of a row's unweighted loss is multiplied by.
+template <class Args>
+__device__ __forceinline__ float factor_of_row(const Args& args, const Task& task, int64_t index) {
+  return args.grad_loss.at(index, 1.f) * float(args.grad_scale) * args.weight.at(index, 1.f) /
+         task.divisor.at(0, float(task.number));
+}
+
+// The gradients of a slice from what a forward left of its row.
+template <class H, class Parameters, class Backward>
+__device__ __forceinline__ void write_gradients(const Parameters& parameters, const RowSpan& span, const Slice& slice,
+                                                const RowPointers& at, const Backward& backward,
+                                                const GradientRow& grad_student, const GradientRow& grad_teacher) {
+  const auto& args = parameters.args;
+  Reader<H> read_student(at.student, args.student.dtype, span, slice, nothing<H>()),
+      read_teacher(at.teacher, args.teacher.dtype, span, slice, nothing<H>());
+  Writer<H> write_student(grad_student, span, slice), write_teacher(grad_teacher, span, slice);
+#pragma unroll 1
+  for (int i = 0; i < slice.count; ++i) {
+    H s[1], t[1];
+    const int first = read_student.vector * H::width - span.phase;
+    read_student.next(s, 1);
+    read_teacher.next(t, 1);
+    float gradient[H::width];
+    if (grad_teacher) {
+      backward.teacher(parameters, s[0], t[0], first, gradient);
+      write_teacher.next(gradient);
+    }
+    if (grad_student) {
+      backward.student(parameters, s[0], t[0], first, gradient);
+      write_student.next(gradient);
+    }
+  }
+}
+
+// A row of which L::is_peaked says that its classes must be seen once more: mends its numbers, and leaves them, or the
+// gradient. By all threads of the row. `kept`: its numbers as the team's leader has left them.
+template <class L, class H, bool wants_gradient>
+__device__ __forceinline__ void mend_row(const typename L::Parameters& parameters, const Task& task,
+                                         const typename L::Row& kept, typename L::Shared& shared) {
+  __shared__ float of_block[2];
+  const auto& args = parameters.args;
+  const Plan& plan = task.plan;
+  const Team team(plan);
+  team.warps > 1 ? __syncthreads() : __syncwarp(team.mask);
+  typename L::Row row = kept;
+  int64_t index = plan.row();
+  asm volatile("" : "+l"(index));  // what follows from it is computed again rather than kept from before: registers are scarce
+  const RowPointers at(args, index);
+  const RowSpan span(H::width, at.student, args.student.dtype, at.teacher, args.teacher.dtype, args.classes);
+  const Slice slice(team, plan, span, plan.slice());
+  float sums[2];
+  L::template sum_others<H>(parameters, span, slice, at, row, sums);
+  reduce<Sum>(team, sums, L::shared_sums(shared));
+  if (plan.cluster) {
+    cluster_wait();
+    if (threadIdx.x == 0) of_block[0] = sums[0], of_block[1] = sums[1];
+    cluster_arrive();
+    cluster_wait();
+    sums[0] = sums[1] = 0;
+    for (int i = 0; i < plan.slices; ++i) {
+      sums[0] += read_cluster(&of_block[0], i);
+      sums[1] += read_cluster(&of_block[1], i);
+    }
+    cluster_arrive();
+  }
+  L::set_log_ratio(row, sums);
+  if constexpr (wants_gradient) {
+    float numbers[L::kStats];
+    L::store_stats(row, numbers);
+    const typename L::Backward backward(parameters, task, numbers, index, factor_of_row(args, task, index));
+    write_gradients<H>(parameters, span, slice, at, backward, GradientRow(args.grad_student, index, span),
+                       GradientRow(args.grad_teacher, index, span));
+  } else if (team.leads() && plan.slice() == 0) {
+    L::store_stats(row, static_cast<float*>(args.row_stats) + index * L::kStats);
+  }
 }
 
 // Leaves statistics, or the gradient.
@@ -666,7 +757,10 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
   constexpr int kNumbers = sizeof(Partial) / sizeof(float);
   __shared__ typename L::Shared shared;
   __shared__ Partial own;
-  __shared__ Row merged;
+  // (Not the sixteen-bit gradient of kd_loss: it has no register left.)
+  constexpr bool kMends = requires(const Row& row) { L::is_peaked(row); } &&
+                          !(wants_gradient && H::packed && __is_same(typename L::Args, KdLossArgs));
+  __shared__ Row kept[kMends ? kMostTeams : 1];  // one a team; the first, of a cluster's row
 
   const auto& args = parameters.args;
   const Plan& plan = task.plan;
@@ -676,28 +770,27 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
   const float weight = index < args.rows ? args.weight.at(index, 1.f) : 0.f;
 
   if (weight != 0) {
-    const void* student =
-        static_cast<const char*>(args.student.data) + args.student.rows.offset(index) * size_of(args.student.dtype);
-    const void* teacher =
-        static_cast<const char*>(args.teacher.data) + args.teacher.rows.offset(index) * size_of(args.teacher.dtype);
-    const RowSpan span(H::width, student, args.student.dtype, teacher, args.teacher.dtype, args.classes);
+    const RowPointers at(args, index);
+    const RowSpan span(H::width, at.student, args.student.dtype, at.teacher, args.teacher.dtype, args.classes);
     const Slice slice(team, plan, span, slice_index);
     const auto gradient_of = [&] { return GradientRow(args.grad_student, index, span); };
     const auto factor_of = [&] {  // reads the weight again rather than keep it: registers are scarce
-      return args.grad_loss.at(index, 1.f) * float(args.grad_scale) * args.weight.at(index, 1.f) /
-             task.divisor.at(0, float(task.number));
+      return factor_of_row(args, task, index);
     };
 
     typename L::template Held<H, wants_gradient> held;
     if constexpr (requires { held.begin_row(task); }) held.begin_row(task);
-    const Partial partial = held.reduce(parameters, team, span, slice, student, teacher, gradient_of, factor_of, shared);
+    const Partial partial = held.reduce(parameters, team, span, slice, at.student, at.teacher, gradient_of, factor_of, shared);
     Row row;
     if (plan.slices == 1) {
       if constexpr (requires { L::row_of(parameters, partial, team, shared); })
         row = L::row_of(parameters, partial, team, shared);
       else
         row = L::row_of(parameters, partial);
-      if (team.leads()) finish_row<L, !wants_gradient>(parameters, row, weight, index);
+      if (team.leads()) {
+        if constexpr (kMends) kept[team.slot()] = row;
+        finish_row<L, !wants_gradient>(parameters, row, weight, index);
+      }
     } else if (plan.cluster) {
       if (threadIdx.x == 0) own = partial;
       cluster_arrive();
@@ -711,22 +804,28 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
         };
         const Row r = L::merge(parameters, plan.slices, read, slice_index, int(threadIdx.x));
         if (threadIdx.x == 0) {
-          merged = r;
+          kept[0] = r;
           if (slice_index == 0) finish_row<L, !wants_gradient>(parameters, r, weight, index);
         }
       }
       __syncthreads();
       cluster_arrive();  // this block has read the others' numbers; theirs must not leave before all have
-      row = merged;
+      row = kept[0];
     } else {
       if (threadIdx.x == 0) reinterpret_cast<Partial*>(task.partials)[blockIdx.x] = partial;
       return;
     }
-    if constexpr (wants_gradient) {
-      const GradientRow gradient = gradient_of();
-      held.write_gradient(parameters, span, slice, row, gradient, factor_of());
-      if (slice_index == plan.slices - 1) gradient.zero(team, args.classes);
+    bool peaked = false;
+    if constexpr (kMends) peaked = L::is_peaked(row);
+    if (peaked) {
+      if constexpr (kMends)
+        if (wants_gradient || args.row_stats != nullptr)
+          mend_row<L, H, wants_gradient>(parameters, task, kept[team.slot()], shared);
+    } else if constexpr (wants_gradient) {
+      held.write_gradient(parameters, span, slice, row, gradient_of(), factor_of());
     }
+    if constexpr (wants_gradient)
+      if (slice_index == plan.slices - 1) gradient_of().zero(team, args.classes);
     if (plan.cluster) cluster_wait();
   } else if (index < args.rows) {  // not read
     if (slice_index == 0) {
@@ -753,6 +852,20 @@ __global__ void __launch_bounds__(128)
     if (weight != 0) {
       const auto read = [&](int i) { return reinterpret_cast<const typename L::Partial*>(task.partials)[index * slices + i]; };
       row = L::merge(parameters, slices, read, -1, lane);
+      if constexpr (requires { L::is_peaked(row); }) {
+        if (args.row_stats != nullptr && L::is_peaked(row)) {
+          Plan plan;
+          plan.team = 32;
+          const RowPointers at(args, index);
+          const RowSpan span(HeldFloat::width, at.student, args.student.dtype, at.teacher, args.teacher.dtype, args.classes);
+          plan.slice_vectors = span.vectors;
+          const Team warp(plan);
+          float sums[2];
+          L::template sum_others<HeldFloat>(parameters, span, Slice(warp, plan, span, 0), at, row, sums);
+          for (float& sum : sums) sum = reduce_warp(sum, Sum());
+          L::set_log_ratio(row, sums);
+        }
+      }
     }
     if (lane == 0) finish_row<L, true>(parameters, row, weight, index);
   }
@@ -770,11 +883,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const int slice_index = plan.slice();
   if (index >= args.rows) return;
 
-  const void* student =
-      static_cast<const char*>(args.student.data) + args.student.rows.offset(index) * size_of(args.student.dtype);
-  const void* teacher =
-      static_cast<const char*>(args.teacher.data) + args.teacher.rows.offset(index) * size_of(args.teacher.dtype);
-  const RowSpan span(H::width, student, args.student.dtype, teacher, args.teacher.dtype, args.classes);
+  const RowPointers at(args, index);
+  const RowSpan span(H::width, at.student, args.student.dtype, at.teacher, args.teacher.dtype, args.classes);
   const GradientRow grad_student(args.grad_student, index, span), grad_teacher(args.grad_teacher, index, span);
   const float weight = args.weight.at(index, 1.f);
   if (weight == 0) {
@@ -790,25 +900,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const float factor = args.grad_loss.at(index, 1.f) * float(args.grad_scale) * weight / task.divisor.at(0, float(task.number));
   const typename L::Backward backward(parameters, task, index, factor);
   const Slice slice(team, plan, span, slice_index);
-  Reader<H> read_student(student, args.student.dtype, span, slice, nothing<H>()),
-      read_teacher(teacher, args.teacher.dtype, span, slice, nothing<H>());
-  Writer<H> write_student(grad_student, span, slice), write_teacher(grad_teacher, span, slice);
-#pragma unroll 1
-  for (int i = 0; i < slice.count; ++i) {
-    H s[1], t[1];
-    const int first = read_student.vector * H::width - span.phase;
-    read_student.next(s, 1);
-    read_teacher.next(t, 1);
-    float gradient[H::width];
-    if (grad_teacher) {
-      backward.teacher(parameters, s[0], t[0], first, gradient);
-      write_teacher.next(gradient);
-    }
-    if (grad_student) {
-      backward.student(parameters, s[0], t[0], first, gradient);
-      write_student.next(gradient);
-    }
-  }
+  write_gradients<H>(parameters, span, slice, at, backward, grad_student, grad_teacher);
 }
 
 // ---- on the host: the launches of a call
