@@ -1,8 +1,8 @@
 // softmax-KL at temperature tau on the CPU. Reads the student's and the teacher's logits; writes a loss and KlStat numbers a
 // row, and the gradients. kl_math.h has the formulas and the names.
 //
-// Forward goes over a row twice, and once more for the gradient; the row is in cache before the first pass, since the passes of
-// the row before it fetch it. For the gradient the exponentials are kept in a scratch row, not computed again.
+// Forward goes over a row once where it is plain (see `plain` below), else twice, and once more for the gradient; the row is in
+// cache before the first pass, since the passes of the row before it fetch it. For the gradient the exponentials are kept in a scratch row, not computed again.
 
 namespace kdfast::cpu::KDFAST_ISA {
 namespace {
