@@ -100,7 +100,7 @@ struct HardPart {
   // Whether a plain row's exponentials are within what their powers can show.
   bool within_range(const Sums& sums) const {
     const F z = sums.others.value() + sums.target_exponential;
-    return !counts || !(z >= kMostPower || z < 1 / kMostPower);
+    return !counts || !(z >= PowersFrom::kMostSquares || z < 1 / kMostPower);
   }
   void finish_row(const Sums& sums) {
     if (!counts) return;

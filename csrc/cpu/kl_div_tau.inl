@@ -2,7 +2,8 @@
 // row, and the gradients. kl_math.h has the formulas and the names.
 //
 // Forward goes over a row once where it is plain (see `plain` below), else twice, and once more for the gradient; the row is in
-// cache before the first pass, since the passes of the row before it fetch it. For the gradient the exponentials are kept in a scratch row, not computed again.
+// cache before the first pass, since the passes of the row before it fetch it. For the gradient the exponentials are kept in a
+// scratch row, not computed again.
 
 namespace kdfast::cpu::KDFAST_ISA {
 namespace {
@@ -155,12 +156,12 @@ struct KlRow {
     vv = sum(sum_vv);
   }
 
-  // The numbers of a plain row, or false: where its loss is not large beside the errors of its terms, or its gradient beside
+  // The loss of a plain row, or false: where its loss is not large beside the errors of its terms, or its gradient beside
   // those of the probabilities.
   bool finish_plain_row() {
     // Relative errors of a sum of many classes' terms, and of one class's; the loss's share of its budget.
     constexpr double kBias = 2e-8, kError = 1e-7, kBudget = 2.5e-6, kLeastGradient = 0.1;
-    if (!(s0 < kMostPower && z < kMostPower && ww < kMostPower && vv < kMostPower)) return false;
+    if (!(s0 < kMostPower && z < kMostPower && ww < PowersFrom::kMostSquares && vv < PowersFrom::kMostSquares)) return false;
     const PlainPowers powers(*this);
     const double inv_s0 = 1 / double(s0), inv_z = 1 / double(z), inv_tau = ln_2_exactly * k.student_log2;
     const double mean_d = s1 * inv_s0, mean = mean_d * inv_tau;
@@ -170,12 +171,6 @@ struct KlRow {
     const double of_gradient = (vv * inv_z - 2 * wv * inv_s0) * inv_z + of_p;  // sum (q - p)^2
     if (!(loss * kBudget > error && loss < kMostPower && of_gradient > kLeastGradient * kLeastGradient * of_p)) return false;
     kl = F(loss);
-    stat[KlStat::s_offset] = stat[KlStat::t_offset] = 0;
-    stat[KlStat::centre] = F(mean_d);
-    stat[KlStat::mean] = F((mean_d - stat[KlStat::centre]) * inv_tau);
-    stat[KlStat::shift] = F(log_ratio - stat[KlStat::centre] * inv_tau);
-    stat[KlStat::inv_s0] = F(inv_s0) * powers.teacher.unit();
-    stat[KlStat::inv_z] = F(inv_z) * powers.student.unit();
     return true;
   }
 
@@ -608,7 +603,9 @@ struct KlDivTau {
     const KlTemperatures<F> temperatures(args);
     const int64_t classes = args.classes, most = kTogetherClasses / classes;
     const int64_t together = most < 1 ? 1 : most > kTogether ? kTogether : most;
-    const bool may_be_plain = sizeof(F) == 4 && temperatures.equal;
+    // (A plain row leaves no stats: the teacher's gradient and a gradient recomputed need more digits of some.)
+    const bool may_be_plain =
+        sizeof(F) == 4 && temperatures.equal && args.grad_student.data != nullptr && args.row_stats == nullptr;
     Scratch<F> scratch(keep ? together * classes * kKeptRows : 0);
     F weight[kTogether];
     Row rows[kTogether];

@@ -230,7 +230,8 @@ struct PowersFrom {
       1.4142135f, 1.4451808f, 1.4768262f, 1.5091645f, 1.5422108f, 1.5759809f, 1.6104903f, 1.6457555f,
       1.6817929f, 1.7186193f, 1.7562522f, 1.7947091f, 1.8340081f, 1.8741677f, 1.9152066f, 1.9571441f};
   static constexpr float magic = 0x1.8p+18f, kMostOrigin = 120;  // adding magic rounds to 1/32
-  VecF low, high;                                                // 2^(i / 32 - origin)
+  static constexpr float kMostSquares = kMostPower;
+  VecF low, high;  // 2^(i / 32 - origin)
 
   PowersFrom(float c, float from) : c(c), from(from) {
     const float shift = from * c, bounded = shift > kMostOrigin ? kMostOrigin : shift > -kMostOrigin ? shift : -kMostOrigin;
@@ -246,6 +247,8 @@ struct PowersFrom {
     return _mm512_scalef_ps(step * power, rounded);                         // (FlushSubnormals is on)
   }
 #else
+  static constexpr float kMostSquares = 0x1p+16f;  // of powers above 2^8 the exponent's rounding would show
+
   PowersFrom(float c, float from) : c(c), from(from) { origin = kFused ? double(from * c) : double(from) * c; }
   KDFAST_INLINE VecF operator()(VecF x) const {
     const VecF y = kFused ? multiply_subtract(x, c, float(origin)) : (x - from) * c;
