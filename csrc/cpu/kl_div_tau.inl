@@ -603,9 +603,10 @@ struct KlDivTau {
     const KlTemperatures<F> temperatures(args);
     const int64_t classes = args.classes, most = kTogetherClasses / classes;
     const int64_t together = most < 1 ? 1 : most > kTogether ? kTogether : most;
-    // (A plain row leaves no stats: the teacher's gradient and a gradient recomputed need more digits of some.)
+    // (Short rows have too few pairs to pay for its numbers. A plain row leaves no stats: the teacher's gradient and a gradient
+    // recomputed need more digits of some.)
     const bool may_be_plain =
-        sizeof(F) == 4 && temperatures.equal && args.grad_student.data != nullptr && args.row_stats == nullptr;
+        sizeof(F) == 4 && temperatures.equal && classes >= 64 && args.grad_student.data != nullptr && args.row_stats == nullptr;
     Scratch<F> scratch(keep ? together * classes * kKeptRows : 0);
     F weight[kTogether];
     Row rows[kTogether];
