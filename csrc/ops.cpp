@@ -362,15 +362,27 @@ struct Ops {
   }
 
   static auto forward_grad(const Loss& loss, Tensor student, Tensor teacher, const Options& options, int64_t num_classes) {
+    Tensor grad_student = new_gradient(student, true);
+    return std::tuple_cat(forward_into(loss, student, teacher, options, num_classes, grad_student, nullptr),
+                          std::make_tuple(grad_student));
+  }
+
+  static auto forward_grads(const Loss& loss, Tensor student, Tensor teacher, const Options& options, int64_t num_classes) {
+    Tensor grad_student = new_gradient(student, true), grad_teacher = new_gradient(teacher, true);
+    return std::tuple_cat(forward_into(loss, student, teacher, options, num_classes, grad_student, &grad_teacher),
+                          std::make_tuple(grad_student, grad_teacher));
+  }
+
+  static auto forward_into(const Loss& loss, Tensor student, Tensor teacher, const Options& options, int64_t num_classes,
+                           const Tensor& grad_student, const Tensor* grad_teacher) {
     STD_TORCH_CHECK(options.reduction != Reduction::None, "kdfast: a gradient in forward needs a scalar loss");
     Args args = make_args<Args>(student, teacher, options, num_classes);
     loss.fill(args);
     Device device(student);
     device.divide(args, options, student, loss.per_row(args));
-    Tensor gradient = new_gradient(student, true);
-    args.grad_student = gradient_of(gradient);
-    const ScalarType type = accumulate_type(student, teacher);
-    return std::tuple_cat(device.template forward<Loss>(args, student, type, options.reduction), std::make_tuple(gradient));
+    args.grad_student = gradient_of(grad_student);
+    if (grad_teacher) args.grad_teacher = gradient_of(*grad_teacher);
+    return device.template forward<Loss>(args, student, accumulate_type(student, teacher), options.reduction);
   }
 
   static void backward_into(const Loss& loss, const Tensor& grad_loss, Tensor student, Tensor teacher, const Tensor& stats,
@@ -420,10 +432,11 @@ Numbers target_of(const Tensor& target, const Tensor& student, const Tensor& tea
 
 // ---- operators -----------------------------------------------------------------------------------------------------------
 //
-// Every loss has four:
+// Every loss has five:
 //   X_forward           -> (loss, row_stats)       the loss, reduced; what the backward needs to know of each row
 //   X_forward_grad      -> (loss, grad_student)    the same and the student's gradient for grad_loss = 1
-//                                                  (of kd_loss both return loss, hard and soft part in the place of loss)
+//   X_forward_grads     -> (loss, grad_student, grad_teacher)    and the teacher's
+//                                                  (of kd_loss they return loss, hard and soft part in the place of loss)
 //   X_backward          -> (grad_student, grad_teacher)    each an empty tensor where it is not wanted
 //   X_backward_inplace  -> grad_teacher            the student's gradient overwrites its logits
 // `row_weight` one number a row; `denominator` (a tensor) or `divisor` (a number) replaces the reduction's own divisor;
@@ -435,7 +448,7 @@ Numbers target_of(const Tensor& target, const Tensor& student, const Tensor& tea
 #define KDFAST_OPTIONS Options{row_weight, denominator, divisor, Reduction(reduction)}, num_classes
 #define KDFAST_COMMON_SCHEMA "Tensor? row_weight, Tensor? denominator, float? divisor, int reduction, int num_classes"
 
-// The four functions of one loss. PARAMETERS: the loss's own, in parentheses; VALUES: the Loss made of them.
+// The functions of one loss. PARAMETERS: the loss's own, in parentheses; VALUES: the Loss made of them.
 #define KDFAST_UNWRAP(...) __VA_ARGS__
 #define KDFAST_LOSS(NAME, LOSS, PARAMETERS, VALUES)                                                                        \
   template <class Device>                                                                                                  \
@@ -445,6 +458,10 @@ Numbers target_of(const Tensor& target, const Tensor& student, const Tensor& tea
   template <class Device>                                                                                                  \
   auto NAME##_forward_grad(const Tensor& student, const Tensor& teacher, KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS) {        \
     return Ops<LOSS, Device>::forward_grad(LOSS{KDFAST_UNWRAP VALUES}, student, teacher, KDFAST_OPTIONS);                  \
+  }                                                                                                                        \
+  template <class Device>                                                                                                  \
+  auto NAME##_forward_grads(const Tensor& student, const Tensor& teacher, KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS) {       \
+    return Ops<LOSS, Device>::forward_grads(LOSS{KDFAST_UNWRAP VALUES}, student, teacher, KDFAST_OPTIONS);                 \
   }                                                                                                                        \
   template <class Device>                                                                                                  \
   std::tuple<Tensor, Tensor> NAME##_backward(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,        \
@@ -493,16 +510,19 @@ void scale_gradient_inplace(const Tensor& gradient, const Tensor& grad_loss) {
                    ", Tensor)");                                                                                             \
   library.def(NAME "_forward_grad(Tensor student, Tensor teacher, " KDFAST_COMMON_SCHEMA ", " PARAMETERS ") -> (" VALUES     \
                    ", Tensor)");                                                                                             \
+  library.def(NAME "_forward_grads(Tensor student, Tensor teacher, " KDFAST_COMMON_SCHEMA ", " PARAMETERS ") -> (" VALUES    \
+                   ", Tensor, Tensor)");                                                                                     \
   library.def(NAME "_backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor row_stats, " KDFAST_COMMON_SCHEMA     \
                    ", " PARAMETERS ", bool for_student, bool for_teacher) -> (Tensor, Tensor)");                             \
   library.def(                                                                                                               \
       NAME "_backward_inplace(Tensor grad_loss, Tensor(a!) student, Tensor teacher, Tensor row_stats, " KDFAST_COMMON_SCHEMA \
            ", " PARAMETERS ", bool for_teacher) -> Tensor");
 
-#define KDFAST_REGISTER_LOSS(NAME, DEVICE)                                                      \
-  library.impl(#NAME "_forward", TORCH_BOX(&kdfast::NAME##_forward<kdfast::DEVICE>));           \
-  library.impl(#NAME "_forward_grad", TORCH_BOX(&kdfast::NAME##_forward_grad<kdfast::DEVICE>)); \
-  library.impl(#NAME "_backward", TORCH_BOX(&kdfast::NAME##_backward<kdfast::DEVICE>));         \
+#define KDFAST_REGISTER_LOSS(NAME, DEVICE)                                                        \
+  library.impl(#NAME "_forward", TORCH_BOX(&kdfast::NAME##_forward<kdfast::DEVICE>));             \
+  library.impl(#NAME "_forward_grad", TORCH_BOX(&kdfast::NAME##_forward_grad<kdfast::DEVICE>));   \
+  library.impl(#NAME "_forward_grads", TORCH_BOX(&kdfast::NAME##_forward_grads<kdfast::DEVICE>)); \
+  library.impl(#NAME "_backward", TORCH_BOX(&kdfast::NAME##_backward<kdfast::DEVICE>));           \
   library.impl(#NAME "_backward_inplace", TORCH_BOX(&kdfast::NAME##_backward_inplace<kdfast::DEVICE>))
 #define KDFAST_REGISTER(DEVICE)                                                       \
   KDFAST_REGISTER_LOSS(kl_div_tau, DEVICE);                                           \

@@ -26,11 +26,11 @@ class Loss(NamedTuple):
 
     forward: Any
     forward_grad: Any
+    forward_grads: Any
     backward: Any
     backward_inplace: Any
     scale_gradient: Any
     scale_gradient_inplace: Any
-    forward_grads: Any  # with the teacher's gradient too; None where there is no such operator
     row_stats: Callable[..., int]
     reference: Callable[..., Any]
     values: int  # what forward returns beside the numbers of the rows: the loss, and parts of it that have no gradient
@@ -39,17 +39,16 @@ class Loss(NamedTuple):
     direct: Callable[..., bool] | None  # csrc/direct.cpp's way to the CPU's kernels
 
 
-KINDS = ("forward", "forward_grad", "backward", "backward_inplace")
+KINDS = ("forward", "forward_grad", "forward_grads", "backward", "backward_inplace")
 SCALING = ("scale_gradient", "scale_gradient_inplace")
 
 
 def _loss(namespace: str, name: str, row_stats: Callable[..., int], definition: Callable[..., Any], values: int = 1) -> Loss:
     ops = getattr(torch.ops, namespace)
     operators = [getattr(ops, each).default for each in (*(f"{name}_{kind}" for kind in KINDS), *SCALING)]
-    forward_grads = getattr(ops, f"{name}_forward_grads").default if namespace == "kdfast_triton" else None
     has_cuda_kernels = HAS_CUDA_KERNELS and torch._C._dispatch_has_kernel_for_dispatch_key(operators[0].name(), "CUDA")
     direct = getattr(_C, name) if namespace == "kdfast" else None
-    return Loss._make([*operators, forward_grads, row_stats, definition, values, name, has_cuda_kernels, direct])
+    return Loss._make([*operators, row_stats, definition, values, name, has_cuda_kernels, direct])
 
 
 # The numbers a row, which the fakes need to know: as KlStat, MseStat, HuberStat and HardStat of csrc/kl_math.h count them.
@@ -92,16 +91,13 @@ def _define(library: torch.library.Library, schema: str, name: str) -> None:
 
 
 def _define_triton(losses: tuple[Loss, ...]) -> list[torch.library.Library]:
-    """Gives every operator kdfast::X a twin kdfast_triton::X, and itself the same kernel on CUDA where the build has none there.
-    Each forward_grad has a forward_grads beside its twin."""
+    """Gives every operator kdfast::X a twin kdfast_triton::X, and itself the same kernel on CUDA where the build has none there."""
     twins = torch.library.Library("kdfast_triton", "DEF")
     stand_ins = torch.library.Library("kdfast", "IMPL")
-    for operator in dict.fromkeys(operator for loss in losses for operator in loss[:6]):
+    for operator in dict.fromkeys(operator for loss in losses for operator in loss[:7]):
         name = operator.name().removeprefix("kdfast::").removesuffix(".default")
         schema = str(operator._schema).removeprefix("kdfast::")
         _define(twins, schema, name)
-        if name.endswith("_forward_grad"):
-            _define(twins, schema.replace(name, f"{name}s").removesuffix(")") + ", Tensor)", f"{name}s")
         if not HAS_CUDA_KERNELS:
             stand_ins.impl(name, _triton_operator(name), "CUDA")
     return [twins, stand_ins]  # an implementation lives as long as its library
@@ -160,7 +156,7 @@ def direct(
         return None
     gradient = None
     if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-        if not _in_forward(loss, student, teacher, reduction) or _made_in_inference_mode(teacher, target) is not None:
+        if _in_forward(student, teacher, reduction) != 1 or _made_in_inference_mode(teacher, target) is not None:
             return None
         gradient = torch.empty_like(student)
     scalar = _SCALARS[student.dtype is torch.float64 or teacher.dtype is torch.float64]
@@ -182,14 +178,14 @@ def direct(
     return result
 
 
-def _in_forward(loss: Loss, student: Tensor, teacher: Tensor, reduction: int) -> int:
-    """How many gradients the forward writes, of a scalar: the student's alone, or both where there is an operator for that. Not in
-    float16, where a gradient that GradScaler has not scaled yet underflows."""
+def _in_forward(student: Tensor, teacher: Tensor, reduction: int) -> int:
+    """How many gradients the forward writes, of a scalar: the student's alone, or both. Not in float16, where a gradient that
+    GradScaler has not scaled yet underflows."""
     if reduction == 0 or student.dtype is torch.float16:
         return 0
     if not teacher.requires_grad:
         return 1
-    return 2 if loss.forward_grads is not None and student.requires_grad and teacher.dtype is not torch.float16 else 0
+    return 2 if student.requires_grad and teacher.dtype is not torch.float16 else 0
 
 
 def apply(
@@ -205,7 +201,7 @@ def apply(
     if not (torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)):
         values: tuple[Tensor, ...] = loss.forward(student, teacher, *options, *given(target), *parameters)[:-1]
         return values
-    in_forward = 0 if inplace else _in_forward(loss, student, teacher, options[3])
+    in_forward = 0 if inplace else _in_forward(student, teacher, options[3])
     call = (LOSSES.index(loss), options[2:], parameters, in_forward, inplace)
     result: tuple[Tensor, ...] = _Function.apply(student, teacher, options[0], options[1], target, call)
     return result
@@ -412,10 +408,8 @@ def _register_fakes(loss: Loss) -> None:
     def backward_inplace(grad_loss: Tensor, student: Tensor, teacher: Tensor, row_stats: Tensor, *rest: Any) -> Tensor:
         return gradient(teacher, rest[-1])
 
-    for operator, fake in zip(loss[:4], (forward, forward_grad, backward, backward_inplace), strict=True):
+    for operator, fake in zip(loss[:5], (forward, forward_grad, forward_grads, backward, backward_inplace), strict=True):
         torch.library.register_fake(operator.name())(fake)
-    if loss.forward_grads is not None:
-        torch.library.register_fake(loss.forward_grads.name())(forward_grads)
 
 
 for _loss_of in LOSSES:

@@ -732,16 +732,8 @@ def check(
     got = where.run(
         loss, student, teacher, grads=grads, grad_output=grad_output, view=view, teacher_view=teacher_view, **options
     )
-    compare(
-        got, truth, vs, vt, grads=grads, grad_output=grad_output, reduction=options.get("reduction"), allow=allow,
-        in_forward=written_in_forward(where.backend),
-    )  # fmt: skip
+    compare(got, truth, vs, vt, grads=grads, grad_output=grad_output, reduction=options.get("reduction"), allow=allow)
     return got
-
-
-def written_in_forward(backend: str) -> tuple[str, ...]:
-    """For which gradients a backend's forward writes them."""
-    return ("s", "st") if backend == "triton" else ("s",)
 
 
 def compare(
@@ -754,14 +746,13 @@ def compare(
     grad_output: Any = 1.0,
     reduction: str | None = None,
     allow: tuple[float, ...] = (0.0, 0.0, 0.0),
-    in_forward: tuple[str, ...] = ("s",),
 ) -> None:
-    """Judge a loss and the gradients asked for against the oracle.  ``in_forward``: as ``written_in_forward`` says."""
+    """Judge a loss and the gradients asked for against the oracle."""
     inputs = (student, teacher)
     check_loss(got.loss, truth, inputs, allow=allow[0])
     # a narrow gradient written during the forward is rounded there, and again by a grad_output that is not a power of two
     wanted = [x.dtype for x, side in zip(inputs, "st", strict=True) if side in grads]
-    fused = grads in in_forward and reduction != "none" and F16 not in wanted
+    fused = "s" in grads and reduction != "none" and F16 not in wanted
     stored = abs(float(torch.as_tensor(grad_output).max())) if fused else 1.0
     if "s" in grads:
         check_grad(

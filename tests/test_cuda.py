@@ -208,8 +208,8 @@ for k, rows in {cases}:
     t = torch.randn(rows, k, generator=g) * 3
     s = (t + torch.randn(rows, k, generator=g)).to(torch.{dtype}).to("cuda")
     t = t.to(torch.{dtype}).to("cuda")
-    for gradient in (False, True):
-        s = s.detach().requires_grad_(gradient)
+    for sides in {sides}:
+        s, t = (x.detach().requires_grad_(side in sides) for x, side in ((s, "s"), (t, "t")))
         kdfast.{call}
 """
 _TARGET = 'torch.arange(rows).to("cuda")'
@@ -222,12 +222,14 @@ _CALLS = {
 }
 
 
-def _statistics(tmp_path: Path, call: str, dtype: str, cases: list[tuple[int, int]]) -> list[dict[str, Any]]:
+def _statistics(
+    tmp_path: Path, call: str, dtype: str, cases: list[tuple[int, int]], sides: tuple[str, ...] = ("", "s")
+) -> list[dict[str, Any]]:
     launcher = os.environ.get("KDFAST_GPU_EMULATOR")
     if not launcher:
         pytest.skip("needs the emulator's counts (KDFAST_GPU_EMULATOR)")
     counts = tmp_path / f"{call}.json"
-    step = _STEP.format(cases=cases, call=_CALLS[call], dtype=dtype)
+    step = _STEP.format(cases=cases, call=_CALLS[call], dtype=dtype, sides=sides)
     subprocess.run([launcher, "run", "--stats", str(counts), "--", sys.executable, "-c", step], check=True)
     return [launch for launch in map(json.loads, counts.read_text().splitlines()) if "kdfast" in launch["kernel"]]
 
@@ -254,19 +256,21 @@ def test_the_mean_of_kd_loss_counts_its_rows_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_one_launch_reads_each_logit_once(tmp_path: Path, call: str, dtype: str) -> None:
     cases = [(1000, 16), (1003, 16), (4096, 4), (32000, 1), (50257, 1), (128256, 1)]
-    launches = _statistics(tmp_path, call, dtype, cases)
-    assert len(launches) == 2 * len(cases)  # the loss; the loss and the gradient
+    sides = ("", "s") if "kd_loss" in _CALLS[call] else ("", "s", "st")  # kd_loss recomputes where both have a gradient
+    launches = _statistics(tmp_path, call, dtype, cases, sides)
+    assert len(launches) == len(sides) * len(cases)  # the loss; with the student's gradient; with both
     joined = ["joined" in launch["kernel"] for launch in launches]
     assert set(joined) == {call in ("logit_mse", "logit_huber")}
     size = 2 if dtype == "bfloat16" else 4
     for i, launch in enumerate(launches):
-        k, rows = cases[i // 2]
-        pairs, per_pair = k * rows, (3.1 if i % 2 else 2.05) * size
+        k, rows = cases[i // len(sides)]
+        gradients = i % len(sides)
+        pairs, per_pair = k * rows, (2.05, 3.1, 4.1)[gradients] * size
         # Each thread of a row asks for its target or its weight, once for each pass: one sector a warp, which the sectors below
         # count as such.
         number = 8 if "KdLoss" in launch["kernel"] else 4 if call.endswith("apart") else 0
-        of_rows = (1 + i % 2) * number * math.prod((*launch["grid"], *launch["block"]))
+        of_rows = (1 + gradients) * number * math.prod((*launch["grid"], *launch["block"]))
         assert launch["load_bytes"] + launch["store_bytes"] - of_rows <= per_pair * pairs, (k, launch)
         bound = 1.02 if k * size % 32 == 0 else 1.15  # a sector has 32 bytes; K = 1000: every other bf16 row begins within one
-        for kind in ("load", "store")[: 1 + i % 2]:
+        for kind in ("load", "store")[: 1 + (gradients > 0)]:
             assert launch[f"{kind}_sectors"] <= bound * launch[f"{kind}_sectors_ideal"], (k, kind)

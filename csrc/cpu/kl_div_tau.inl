@@ -597,16 +597,17 @@ struct KlDivTau {
   // logits out of it.
   static constexpr int64_t kKeptBytes = 3 << 19;
 
-  // Writes the student's gradient too, where it is wanted.
+  // Writes the student's gradient too, where it is wanted; unless `keep`, the teacher's beside it.
   template <bool keep>
   static void forward(const Args& args, int64_t begin, int64_t end) {
     const KlTemperatures<F> temperatures(args);
     const int64_t classes = args.classes, most = kTogetherClasses / classes;
     const int64_t together = most < 1 ? 1 : most > kTogether ? kTogether : most;
+    const bool for_teacher = args.grad_teacher.data != nullptr;
     // (Short rows have too few pairs to pay for its numbers. A plain row leaves no stats: the teacher's gradient and a gradient
     // recomputed need more digits of some.)
-    const bool may_be_plain =
-        sizeof(F) == 4 && temperatures.equal && classes >= 64 && args.grad_student.data != nullptr && args.row_stats == nullptr;
+    const bool may_be_plain = sizeof(F) == 4 && temperatures.equal && classes >= 64 && args.grad_student.data != nullptr &&
+                              !for_teacher && args.row_stats == nullptr;
     Scratch<F> scratch(keep ? together * classes * kKeptRows : 0);
     F weight[kTogether];
     Row rows[kTogether];
@@ -642,6 +643,7 @@ struct KlDivTau {
         if (weight[i] == 0) continue;
         if constexpr (sizeof(F) == 4) rows[i].plain = may_be_plain && rows[i].guess_plain();
         if (!rows[i].plain) rows[i].find_reference(row_of<T>(args.teacher, next(i)));
+        if (for_teacher) rows[i].narrow = false;  // whose pass writes the student's alone
       }
       for (int64_t i = 0; i < count; ++i)
         if (weight[i] != 0) find_sums(i);
@@ -668,6 +670,8 @@ struct KlDivTau {
         }
       };
       const auto write = [&](int64_t i, auto weights) {
+        if constexpr (!keep)
+          if (for_teacher) return gradients<true>(args, first + i, weight[i], rows[i], hard[i], weights);
         if (weight[i] != 0 && rows[i].narrow)
           narrow_gradient<keep>(args, first + i, weight[i], rows[i], hard[i], weights, kept_w(i), kept_v(i));
         else
@@ -700,7 +704,7 @@ struct KlDivTau {
   struct Forward {
     static void run(const Args& args, int64_t begin, int64_t end) {
       const int64_t bytes = args.classes * int64_t(sizeof(S) + sizeof(T) + kKeptRows * sizeof(F));
-      const bool keep = args.grad_student.data != nullptr && bytes <= kKeptBytes;
+      const bool keep = args.grad_student.data != nullptr && args.grad_teacher.data == nullptr && bytes <= kKeptBytes;
       keep ? forward<true>(args, begin, end) : forward<false>(args, begin, end);
     }
   };

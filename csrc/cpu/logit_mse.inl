@@ -147,7 +147,10 @@ struct LogitDifference {
           total = pass<false, false>(args, r, weight, stat, hard, &slopes);
           stat[Stat::slope] = slopes * stat[Stat::inv_classes];
         }
-      if (gradient || !first_the_slopes) total = pass<gradient, false>(args, r, weight, stat, hard);
+      if (gradient && args.grad_teacher.data)
+        total = pass<gradient, gradient>(args, r, weight, stat, hard);
+      else if (gradient || !first_the_slopes)
+        total = pass<gradient, false>(args, r, weight, stat, hard);
       hard.store_loss(args, r, weight, weight != 0 ? total * row_scale(args, stat) * weight : 0);
       copy_numbers(args.row_stats, r * kStats, stat, Stat::count);
       hard.store_stats(args.row_stats, r * kStats + Stat::count);

@@ -27,16 +27,17 @@ template <class H>
 constexpr int kNumberSize = H::packed ? 2 : 4;
 
 // Vectors of a thread, kJoinedThreads apart, and where they begin in memory.
-template <class Element, class H, bool wants_gradient>
+template <class Element, class H, bool wants_gradient, bool for_teacher>
 struct JoinedVectors {
   static constexpr int64_t kStep = int64_t(kJoinedThreads) * H::width * kNumberSize<H>;
   const char *student, *teacher;
-  char* gradient;
+  char *gradient, *grad_teacher;
 
   __device__ __forceinline__ void advance() {
     student += kInFlight * kStep;
     teacher += kInFlight * kStep;
     gradient += kInFlight * kStep;
+    grad_teacher += kInFlight * kStep;
   }
   // The sum of the values of kInFlight vectors, or, unless `all`, of those of them that are among the next `left` of the run.
   template <bool all>
@@ -68,10 +69,14 @@ struct JoinedVectors {
   }
 
  private:
-  __device__ __forceinline__ void store(const float (&g)[H::width], int v) const {
+  __device__ __forceinline__ void store(float (&g)[H::width], int v) const {
     GradientRow row;
     row.dtype = DType::f32;
     row.template store_whole<H>(g, gradient + v * kStep);
+    if constexpr (for_teacher) {
+      negate(g);
+      row.template store_whole<H>(g, grad_teacher + v * kStep);
+    }
   }
   // The same where a class is at -inf on both sides, a logit is NaN, or squares that are each finite have an infinite sum.
   template <bool all>
@@ -93,7 +98,7 @@ struct JoinedVectors {
   }
 };
 
-template <class Element, class H, bool wants_gradient>
+template <class Element, class H, bool wants_gradient, bool for_teacher = false>
 __global__ void __launch_bounds__(kJoinedThreads, 5)
     joined_kernel(const __grid_constant__ typename LogitDifference<Element>::Parameters parameters,
                   const __grid_constant__ Task task, const JoinedRows joined) {
@@ -105,9 +110,9 @@ __global__ void __launch_bounds__(kJoinedThreads, 5)
   const int64_t begin = int64_t(blockIdx.x) * (joined.tiles * kTile);
   int left = int(min(joined.vectors - begin, int64_t(joined.tiles * kTile)));  // of the block
   const int64_t at = (begin + threadIdx.x) * (H::width * kNumberSize<H>);
-  JoinedVectors<Element, H, wants_gradient> vectors{static_cast<const char*>(args.student.data) + at,
-                                                    static_cast<const char*>(args.teacher.data) + at,
-                                                    static_cast<char*>(args.grad_student.data) + at};
+  JoinedVectors<Element, H, wants_gradient, for_teacher> vectors{
+      static_cast<const char*>(args.student.data) + at, static_cast<const char*>(args.teacher.data) + at,
+      static_cast<char*>(args.grad_student.data) + at, static_cast<char*>(args.grad_teacher.data) + at};
   double total[1] = {0};
 #pragma unroll 1
   for (; left >= kTile; left -= kTile) {
@@ -121,6 +126,7 @@ __global__ void __launch_bounds__(kJoinedThreads, 5)
                 t = load_one<float>(args.teacher.data, args.teacher.dtype, k), d = counts(s, t) ? s - t : 0.f;
     total[0] += element.value(d);
     if (wants_gradient) store_one(args.grad_student.data, args.grad_student.dtype, k, element.slope(d) * factor);
+    if (for_teacher) store_one(args.grad_teacher.data, args.grad_teacher.dtype, k, element.slope(d) * -factor);
   }
 
   __shared__ double of_warps[kMostWarps][1];
@@ -162,13 +168,15 @@ inline bool in_one_run(const void* data, const RowLayout& layout, int64_t rows, 
 // Whether a sum over all rows is all that a forward pass is to give, but for a gradient.
 inline bool joins_rows(const LogitMseArgs& args) {
   const DType dtype = args.student.dtype;
-  const Gradient& gradient = args.grad_student;
+  const auto joins = [&](const Gradient& gradient) {
+    return gradient.data == nullptr || (gradient.dtype == dtype && gradient.width == args.classes &&
+                                        in_one_run(gradient.data, gradient.rows, args.rows, args.classes));
+  };
   return args.rows > 0 && args.classes > 0 && !args.center && !args.per_class && args.weight.data == nullptr &&
          args.row_loss == nullptr && args.grad_loss.data == nullptr && dtype != DType::f64 && args.teacher.dtype == dtype &&
          in_one_run(args.student.data, args.student.rows, args.rows, args.classes) &&
-         in_one_run(args.teacher.data, args.teacher.rows, args.rows, args.classes) &&
-         (gradient.data == nullptr || (gradient.dtype == dtype && gradient.width == args.classes &&
-                                       in_one_run(gradient.data, gradient.rows, args.rows, args.classes)));
+         in_one_run(args.teacher.data, args.teacher.rows, args.rows, args.classes) && joins(args.grad_student) &&
+         joins(args.grad_teacher);
 }
 
 inline Plan plan_of_joined(const LogitMseArgs& args, JoinedRows& joined) {
@@ -198,6 +206,7 @@ size_t workspace_of_plain(const typename L::Args& args) {
 
 #define KDFAST_JOINED(H) (joined_kernel<Element, H, false>)
 #define KDFAST_JOINED_GRADIENT(H) (joined_kernel<Element, H, true>)
+#define KDFAST_JOINED_GRADIENTS(H) (joined_kernel<Element, H, true, true>)
 
 // run_forward of Plain<Element>.
 template <class Element>
@@ -212,8 +221,10 @@ void run_plain_forward(const typename Element::Args& args, const Call& call, con
   typename LogitDifference<Element>::Parameters parameters(args);
   joined.factor = float(parameters.element.slope_factor * args.scale * args.grad_scale / (call.divisor.data ? 1 : call.number));
   void* arguments[] = {&parameters, &task, &joined};
-  launch(args.grad_student.data ? KDFAST_HELD(KDFAST_JOINED_GRADIENT, args) : KDFAST_HELD(KDFAST_JOINED, args), plan, stream,
-         arguments, name, args.rows, args.classes);
+  const void* kernel = args.grad_teacher.data   ? KDFAST_HELD(KDFAST_JOINED_GRADIENTS, args)
+                       : args.grad_student.data ? KDFAST_HELD(KDFAST_JOINED_GRADIENT, args)
+                                                : KDFAST_HELD(KDFAST_JOINED, args);
+  launch(kernel, plan, stream, arguments, name, args.rows, args.classes);
 }
 
 }  // namespace

@@ -84,6 +84,7 @@ template <class Soft>
 struct KdLoss {
   using Args = KdLossArgs;
   static constexpr int kHeld = Soft::kHeld, kHeldForward = Soft::kHeldForward, kBlocks = Soft::kBlocks;
+  static constexpr bool kForTeacher = false;
   static constexpr int kSoftStats = Soft::kStats, kStats = kSoftStats + HardStat::count;
 
   struct Parameters {
@@ -130,9 +131,9 @@ struct KdLoss {
     }
   }
 
-  template <class H, bool wants_gradient>
+  template <class H, bool wants_gradient, bool for_teacher>
   struct Held {
-    typename Soft::template Held<H, wants_gradient> soft;
+    typename Soft::template Held<H, wants_gradient, for_teacher> soft;
     const Task* task;  // what the hard part needs of it and of the row is read again rather than kept: registers are scarce
 
     __device__ __forceinline__ void begin_row(const Task& task) { this->task = &task; }
@@ -401,6 +402,7 @@ __global__ void __launch_bounds__(256, 1)
     }
   }
   zero_wide(team, args.grad_student, r, weight == 0 ? 0 : args.classes);
+  zero_wide(team, args.grad_teacher, r, weight == 0 ? 0 : args.classes);
   finish<double>(task, args);
 }
 

@@ -21,6 +21,7 @@ __global__ void __launch_bounds__(256, 1)
   const auto alone = [](int64_t, double, double gradient) { return gradient; };
   if (weight != 0 && args.grad_student.data) row.gradients(team, task, r, weight, alone);
   zero_wide(team, args.grad_student, r, weight == 0 ? 0 : args.classes);
+  zero_wide(team, args.grad_teacher, r, weight == 0 ? 0 : args.classes);
   finish<double>(task, args);
 }
 

@@ -75,6 +75,7 @@ struct SoftExponential {
 struct KlDivTau {
   using Args = KlDivTauArgs;
   static constexpr int kHeld = 4, kHeldForward = 8, kBlocks = 1, kStats = KlStat::count;
+  static constexpr bool kForTeacher = true;
 
   struct Parameters {
     KlDivTauArgs args;
@@ -159,7 +160,7 @@ struct KlDivTau {
     __device__ __forceinline__ bool stable() const { return kl < float(math::kStableBelow); }
   };
 
-  template <class H, bool wants_gradient>
+  template <class H, bool wants_gradient, bool for_teacher>
   struct Held {
     static constexpr int kVectors = wants_gradient ? kHeld : kHeldForward, kKept = wants_gradient ? kHeld : 0;
 
@@ -169,6 +170,7 @@ struct KlDivTau {
     const References* kept;  // in shared memory: the gradient has use for every register
     // For the gradient: w; and h, which is x first and then w (exp(x - mean) - 1) / PhiSeries::kUnit, if that `is_stable`. v,
     // in the slice's units, is v_rest times w exp(x - mean) then, and v_rest times what student_weight gives otherwise.
+    // For both gradients h stays x.
     float w[kKept + 1][H::width], h[kKept + 1][H::width], v_rest;
     bool is_stable;
 
@@ -402,7 +404,7 @@ struct KlDivTau {
             sums.w += wk;
             sums.wy += wy;
             sums.excess = fmaf(wyy, series, sums.excess);
-            if constexpr (wants_gradient) h[v][i] = fmaf(wyy, series, wy);
+            if constexpr (wants_gradient && !for_teacher) h[v][i] = fmaf(wyy, series, wy);
           }
         } else {
           const Exponential<H::packed> student_weight = student_weight_of();
@@ -416,7 +418,7 @@ struct KlDivTau {
             sums.w += wk;
             sums.wy += wy;
             sums.excess += is_near ? near : far - wy;
-            if constexpr (wants_gradient) h[v][i] = is_near ? near + wy : far;
+            if constexpr (wants_gradient && !for_teacher) h[v][i] = is_near ? near + wy : far;
           }
         }
       }
@@ -451,6 +453,56 @@ struct KlDivTau {
           for (int i = 0; i < H::width; ++i) g[i] = fmaf(student_weight(s[v][i]), q_factor, -(w[v][i] * p_factor));
         }
         mix(v, g);
+        write.next(g);
+      }
+    }
+
+    // One after the other, and nothing of the one kept for the other: registers are scarce.
+    template <class GradientOf, class FactorOf>
+    __device__ __forceinline__ void write_gradients(const Parameters& p, const RowSpan& span, const Slice& slice,
+                                                    const Row& row, GradientOf gradient_of, FactorOf factor_of) const {
+      // (The slice's x is 0 elsewhere than the row's.)
+      const float mean = row.stat[KlStat::mean] - kept->x.from(Difference(p, row.stat)) * p.inv_tau;
+      {
+        const float factor = factor_of() * p.teacher_scale * row.w_share * w_unit * row.stat[KlStat::inv_s0];
+        const GradientRow gradient = gradient_of(p.args.grad_teacher);
+        Writer<H> write(gradient, span, slice);
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+          if (v >= slice.count) break;
+          float g[H::width];
+#pragma unroll
+          for (int i = 0; i < H::width; ++i) g[i] = w[v][i] == 0 ? 0.f : w[v][i] * factor * fmaf(-h[v][i], p.inv_tau, mean);
+          write.next(g);
+        }
+      }
+      asm volatile("" ::: "memory");
+      const Exponential<H::packed> student_weight = student_exponential(p);
+      const float factor = factor_of() * p.student_scale, p_factor = factor * row.w_share * w_unit * row.stat[KlStat::inv_s0],
+                  q_factor = factor * row.v_share * student_weight.unit(kept->s_max) * row.stat[KlStat::inv_z];
+      const float limit = math::near_limit(row.stat[KlStat::mean], row.stat[KlStat::shift]);
+      const GradientRow gradient = gradient_of(p.args.grad_student);
+      Writer<H> write(gradient, span, slice);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        if (v >= slice.count) break;
+        float g[H::width];
+        bool near = true;
+#pragma unroll
+        for (int i = 0; i < H::width; ++i) {
+          g[i] = fmaf(h[v][i], p.inv_tau, -mean) - row.kl;
+          near = near && g[i] * g[i] < limit;
+        }
+        if (near) {
+#pragma unroll
+          for (int i = 0; i < H::width; ++i) g[i] = w[v][i] * p_factor * math::expm1_series(g[i]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < H::width; ++i) {
+            const float z = g[i], p_k = w[v][i] * p_factor;
+            g[i] = z * z < limit ? p_k * math::expm1_series(z) : fmaf(student_weight(s[v][i]), q_factor, -p_k);
+          }
+        }
         write.next(g);
       }
     }

@@ -20,6 +20,13 @@ __device__ __forceinline__ F to_mean(F difference, F s, F t) {
   return fabs(difference) < F(INFINITY) ? difference : s < F(INFINITY) && t < F(INFINITY) ? F(0) : F(NAN);
 }
 
+// The teacher's gradient from the student's.
+template <int n>
+__device__ __forceinline__ void negate(float (&gradient)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) gradient[i] = -gradient[i];
+}
+
 // The function of a difference: a loss's Element<F>. Values and slopes are value(d) and slope(d) times a constant of the call.
 template <class F>
 struct Square {
@@ -60,6 +67,7 @@ struct LogitDifference {
   using Partial = kdfast::cuda::Partial;
   using Row = kdfast::cuda::Row;
   static constexpr int kStats = MseStat::count;
+  static constexpr bool kForTeacher = true;
 
   struct Parameters {
     Args args;
@@ -138,36 +146,42 @@ struct Plain : LogitDifference<Element> {
     float total[kMostWarps][1];
   };
 
-  template <class H, bool wants_gradient>
+  template <class H, bool wants_gradient, bool for_teacher>
   struct Held {
     template <class GradientOf, class FactorOf>
     __device__ __forceinline__ Partial reduce(const Parameters& p, const Team& team, const RowSpan& span, const Slice& slice,
                                               const void* student, const void* teacher, GradientOf gradient_of,
                                               FactorOf factor_of, Shared& shared) {
       const float factor = p.gradient_factor(factor_of(), 1);
-      const GradientRow gradient = gradient_of();
+      const GradientRow gradient = gradient_of(p.args.grad_student),
+                        grad_teacher = for_teacher ? gradient_of(p.args.grad_teacher) : GradientRow();
       float total[1] = {NAN};
-      if (slice.whole && (gradient.aligned || !wants_gradient))
-        total[0] = sum_whole(p, span, slice, student, teacher, gradient, factor);
-      if (!(total[0] == total[0])) total[0] = sum(p, span, slice, student, teacher, gradient, factor);
+      if (slice.whole && (gradient.aligned || !wants_gradient) && (grad_teacher.aligned || !for_teacher))
+        total[0] = sum_whole(p, span, slice, student, teacher, gradient, grad_teacher, factor);
+      if (!(total[0] == total[0])) total[0] = sum(p, span, slice, student, teacher, gradient, grad_teacher, factor);
       cuda::reduce<Sum>(team, total, shared.total);
       return {{}, 1, total[0]};
     }
 
+    // They are written already.
     __device__ __forceinline__ void write_gradient(const Parameters&, const RowSpan&, const Slice&, const Row&,
                                                    const GradientRow&, float) const {}
+    template <class GradientOf, class FactorOf>
+    __device__ __forceinline__ void write_gradients(const Parameters&, const RowSpan&, const Slice&, const Row&, GradientOf,
+                                                    FactorOf) const {}
 
    private:
-    // The sum of values, and the gradient, of vectors that go by 128 bits. (Not unrolled: where the lanes of a warp differ by
+    // The sum of values, and the gradients, of vectors that go by 128 bits. (Not unrolled: where the lanes of a warp differ by
     // one vector, they would part for the remainder.) NaN where a class is at -inf on both sides.
     __device__ __forceinline__ float sum_whole(const Parameters& p, const RowSpan& span, const Slice& slice,
                                                const void* student, const void* teacher, const GradientRow& gradient,
-                                               float factor) const {
+                                               const GradientRow& grad_teacher, float factor) const {
       const Cursor s_first(student, H::packed ? 2 : size_of(p.args.student.dtype), H::width, span, slice, true),
           t_first(teacher, H::packed ? 2 : size_of(p.args.teacher.dtype), H::width, span, slice, true),
-          g_first(gradient.row, H::packed ? 2 : size_of(gradient.dtype), H::width, span, slice, true);
+          g_first(gradient.row, H::packed ? 2 : size_of(gradient.dtype), H::width, span, slice, true),
+          teacher_first(grad_teacher.row, H::packed ? 2 : size_of(grad_teacher.dtype), H::width, span, slice, true);
       const char *s_at = s_first.at, *t_at = t_first.at;
-      char* g_at = g_first.at;
+      char *g_at = g_first.at, *teacher_at = teacher_first.at;
       float total = 0;
 #pragma unroll 1
       for (int left = slice.count; left > 0; --left) {
@@ -180,6 +194,11 @@ struct Plain : LogitDifference<Element> {
           g[i] = p.element.slope(d) * factor;
         }
         if constexpr (wants_gradient) gradient.template store_whole<H>(g, g_at);
+        if constexpr (for_teacher) {
+          negate(g);
+          grad_teacher.template store_whole<H>(g, teacher_at);
+          teacher_at += teacher_first.step;
+        }
         s_at += s_first.step;
         t_at += t_first.step;
         g_at += g_first.step;
@@ -187,10 +206,11 @@ struct Plain : LogitDifference<Element> {
       return total;
     }
     __device__ __forceinline__ float sum(const Parameters& p, const RowSpan& span, const Slice& slice, const void* student,
-                                         const void* teacher, const GradientRow& gradient, float factor) const {
+                                         const void* teacher, const GradientRow& gradient, const GradientRow& grad_teacher,
+                                         float factor) const {
       Reader<H> read_student(student, p.args.student.dtype, span, slice, H{}),
           read_teacher(teacher, p.args.teacher.dtype, span, slice, H{});
-      Writer<H> write(gradient, span, slice);
+      Writer<H> write(gradient, span, slice), write_teacher(grad_teacher, span, slice);
       float total = 0;
 #pragma unroll 1
       for (int i = 0; i < slice.count; ++i) {
@@ -205,6 +225,10 @@ struct Plain : LogitDifference<Element> {
           g[i] = p.element.slope(d) * factor;
         }
         if constexpr (wants_gradient) write.next(g);
+        if constexpr (for_teacher) {
+          negate(g);
+          write_teacher.next(g);
+        }
       }
       return total;
     }
@@ -226,7 +250,7 @@ struct Centred : LogitDifference<Square<float>> {
     float size[kMostWarps][2], sums[2][kMostWarps][2], total[kMostWarps][1];
   };
 
-  template <class H, bool wants_gradient>
+  template <class H, bool wants_gradient, bool for_teacher>
   struct Held {
     static constexpr int kVectors = kHeld;
     H s[kVectors], t[kVectors];
@@ -265,6 +289,12 @@ struct Centred : LogitDifference<Square<float>> {
         mix(v, g);
         write.next(g);
       }
+    }
+    template <class GradientOf, class FactorOf>
+    __device__ __forceinline__ void write_gradients(const Parameters& p, const RowSpan& span, const Slice& slice,
+                                                    const Row& row, GradientOf gradient_of, FactorOf factor_of) const {
+      write_gradient(p, span, slice, row, gradient_of(p.args.grad_student), factor_of());
+      write_gradient(p, span, slice, row, gradient_of(p.args.grad_teacher), -factor_of());
     }
 
    private:
@@ -473,6 +503,7 @@ __global__ void __launch_bounds__(256, 1)
       for (int i = 0; i < Row::Stat::count; ++i) static_cast<F*>(args.row_stats)[r * Row::Stat::count + i] = row.stat[i];
   }
   zero_wide(team, args.grad_student, r, weight == 0 ? 0 : args.classes);
+  zero_wide(team, args.grad_teacher, r, weight == 0 ? 0 : args.classes);
   finish<F>(task, args);
 }
 

@@ -643,7 +643,9 @@ __device__ __forceinline__ void finish(const Task& task, const KdLossArgs& args)
 // A loss L has: kHeld, the vectors of a row that a thread takes, and kHeldForward, the same where no gradient is wanted;
 // kBlocks, of the largest size, that a multiprocessor is to hold; kStats; Parameters, with `args` in it; Partial, the numbers
 // of a slice, and Row, those of a row, all floats;
-//   Held<H, wants_gradient>  a slice in registers: reduce() makes its Partial, write_gradient() needs the Row
+//   Held<H, wants_gradient, for_teacher>  a slice in registers: reduce() makes its Partial, write_gradient() needs the Row;
+//                                with for_teacher, write_gradients() the same for both tensors
+//   kForTeacher                whether there is such a one with for_teacher
 //   row_of(parameters, partial)                  the Row of a single slice; of a loss that keeps numbers in shared memory
 //                                                meanwhile, row_of(parameters, partial, team, shared)
 //   merge(parameters, slices, read, own, lane)   the Row of several, by a warp: read(i) is the Partial of slice i, `own` this
@@ -748,8 +750,8 @@ __device__ __forceinline__ void mend_row(const typename L::Parameters& parameter
   }
 }
 
-// Leaves statistics, or the gradient.
-template <class L, class H, bool wants_gradient>
+// Leaves statistics, or the student's gradient, or both gradients.
+template <class L, class H, bool wants_gradient, bool for_teacher = false>
 __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
     forward_kernel(const __grid_constant__ typename L::Parameters parameters, const __grid_constant__ Task task) {
   using Partial = typename L::Partial;
@@ -773,12 +775,12 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
     const RowPointers at(args, index);
     const RowSpan span(H::width, at.student, args.student.dtype, at.teacher, args.teacher.dtype, args.classes);
     const Slice slice(team, plan, span, slice_index);
-    const auto gradient_of = [&] { return GradientRow(args.grad_student, index, span); };
+    const auto gradient_of = [&](const Gradient& gradient) { return GradientRow(gradient, index, span); };
     const auto factor_of = [&] {  // reads the weight again rather than keep it: registers are scarce
       return factor_of_row(args, task, index);
     };
 
-    typename L::template Held<H, wants_gradient> held;
+    typename L::template Held<H, wants_gradient, for_teacher> held;
     if constexpr (requires { held.begin_row(task); }) held.begin_row(task);
     const Partial partial = held.reduce(parameters, team, span, slice, at.student, at.teacher, gradient_of, factor_of, shared);
     Row row;
@@ -821,17 +823,28 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
       if constexpr (kMends)
         if (wants_gradient || args.row_stats != nullptr)
           mend_row<L, H, wants_gradient>(parameters, task, kept[team.slot()], shared);
+    } else if constexpr (for_teacher) {
+      if constexpr (kMends) {  // its numbers from shared memory, as they are wanted
+        team.warps > 1 ? __syncthreads() : __syncwarp(team.mask);
+        asm volatile("" ::: "memory");
+        held.write_gradients(parameters, span, slice, kept[team.slot()], gradient_of, factor_of);
+      } else {
+        held.write_gradients(parameters, span, slice, row, gradient_of, factor_of);
+      }
     } else if constexpr (wants_gradient) {
-      held.write_gradient(parameters, span, slice, row, gradient_of(), factor_of());
+      held.write_gradient(parameters, span, slice, row, gradient_of(args.grad_student), factor_of());
     }
-    if constexpr (wants_gradient)
-      if (slice_index == plan.slices - 1) gradient_of().zero(team, args.classes);
+    if (slice_index == plan.slices - 1) {
+      if constexpr (wants_gradient) gradient_of(args.grad_student).zero(team, args.classes);
+      if constexpr (for_teacher) gradient_of(args.grad_teacher).zero(team, args.classes);
+    }
     if (plan.cluster) cluster_wait();
   } else if (index < args.rows) {  // not read
     if (slice_index == 0) {
       const void* row = args.student.data;
       const RowSpan span(H::width, row, args.student.dtype, row, args.student.dtype, args.classes);
       if constexpr (wants_gradient) GradientRow(args.grad_student, index, span).zero(team, 0);
+      if constexpr (for_teacher) GradientRow(args.grad_teacher, index, span).zero(team, 0);
       if (team.leads() && (plan.slices == 1 || plan.cluster)) finish_row<L, !wants_gradient>(parameters, Row{}, weight, index);
     }
     if (plan.slices > 1 && !plan.cluster) return;
@@ -949,10 +962,18 @@ Plan plan_of(const typename L::Args& args) {
                    most_held<L>(args));
 }
 
+// Whether a forward leaves the gradients to a backward pass.
+template <class L>
+bool backward_follows(const typename L::Args& args) {
+  if constexpr (L::kHeld == 0) return false;
+  return args.grad_teacher.data != nullptr && !L::kForTeacher && !by_passes<L>(args);
+}
+
 template <class L>
 Workspace workspace_of(const typename L::Args& args, const Plan& plan, void* base, int stats) {
   const bool wide = is_wide(args.student.dtype, args.teacher.dtype), apart = plan.slices > 1 && !plan.cluster;
-  return Workspace(base, args.rows * (wide ? 8 : 4) * (kHasParts<L> ? 2 : 1), apart ? args.rows * stats * 4 : 0,
+  return Workspace(base, args.rows * (wide ? 8 : 4) * (kHasParts<L> ? 2 : 1),
+                   apart || backward_follows<L>(args) ? args.rows * stats * 4 : 0,
                    apart ? args.rows * plan.slices * sizeof(typename L::Partial) : 0);
 }
 template <class L>
@@ -978,6 +999,7 @@ void set_parts(Task& task, const typename L::Args& args, const Call& call, const
                                                 : (const void*)INSTANCE(HeldFloat))
 #define KDFAST_FORWARD(H) (forward_kernel<L, H, false>)
 #define KDFAST_FORWARD_GRADIENT(H) (forward_kernel<L, H, true>)
+#define KDFAST_FORWARD_GRADIENTS(H) (forward_kernel<L, H, true, true>)
 #define KDFAST_BACKWARD(H) (backward_kernel<L, H>)
 
 template <class L>
@@ -1011,6 +1033,13 @@ void run_forward(const typename L::Args& caller, const Call& call, int stats, co
   const Workspace memory = workspace_of<L>(args, plan, call.workspace, stats);
   const bool wide = is_wide(args.student.dtype, args.teacher.dtype), apart = plan.slices > 1 && !plan.cluster;
   const bool wants_gradient = args.grad_student.data != nullptr;
+  if (backward_follows<L>(args) && !apart) {
+    args.row_stats = memory.row_stats;
+    typename L::Args first = args;
+    first.grad_student = first.grad_teacher = Gradient();
+    run_forward<L>(first, call, stats, name, passes_kernel);
+    return run_backward<L>(args, call, stats, name, passes_kernel);
+  }
   if constexpr (kHasParts<L>) {
     if (args.row_soft == nullptr) {
       args.row_soft = memory.row_loss;
@@ -1033,10 +1062,12 @@ void run_forward(const typename L::Args& caller, const Call& call, int stats, co
     if (apart && wants_gradient && stats > 0 && args.row_stats == nullptr) args.row_stats = memory.row_stats;
     typename L::Parameters parameters(args);
     void* arguments[] = {&parameters, &task};
-    if (!apart)
-      return launch(wants_gradient ? KDFAST_HELD(KDFAST_FORWARD_GRADIENT, args) : KDFAST_HELD(KDFAST_FORWARD, args), plan,
-                    stream, arguments, name, args.rows, args.classes);
-
+    if (!apart) {
+      const void* kernel = wants_gradient ? KDFAST_HELD(KDFAST_FORWARD_GRADIENT, args) : KDFAST_HELD(KDFAST_FORWARD, args);
+      if constexpr (L::kForTeacher)
+        if (args.grad_teacher.data) kernel = KDFAST_HELD(KDFAST_FORWARD_GRADIENTS, args);
+      return launch(kernel, plan, stream, arguments, name, args.rows, args.classes);
+    }
     launch(KDFAST_HELD(KDFAST_FORWARD, args), plan, stream, arguments, name, args.rows, args.classes);
     Plan merging;
     merging.threads = 128;

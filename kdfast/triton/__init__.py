@@ -1,5 +1,5 @@
-"""The losses as Triton kernels: OPERATORS maps the name of each operator of the namespace kdfast_triton (csrc/ops.cpp has the same,
-kdfast/_ops.py adds forward_grads) to a function of the same arguments.
+"""The losses as Triton kernels: OPERATORS maps the name of each operator of the namespace kdfast_triton (those of csrc/ops.cpp) to a
+function of the same arguments.
 
 Importing this package imports triton; `import kdfast` does neither.
 """

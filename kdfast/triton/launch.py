@@ -439,7 +439,7 @@ def _over(factor: float, divisor: Divisor) -> Divisor:
 
 
 def operators(loss: Callable[..., Call]) -> dict[str, Callable[..., Any]]:
-    """A loss's operators, as csrc/ops.cpp declares them; and forward_grads, a forward_grad that has the teacher's gradient too."""
+    """A loss's operators, as csrc/ops.cpp declares them."""
 
     def forward(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         call = loss(student, teacher, *rest)
