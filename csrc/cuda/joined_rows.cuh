@@ -69,14 +69,13 @@ struct JoinedVectors {
   }
 
  private:
-  __device__ __forceinline__ void store(float (&g)[H::width], int v) const {
+  __device__ __forceinline__ void store(const float (&g)[H::width], int v) const {
     GradientRow row;
     row.dtype = DType::f32;
-    row.template store_whole<H>(g, gradient + v * kStep);
-    if constexpr (for_teacher) {
-      negate(g);
-      row.template store_whole<H>(g, grad_teacher + v * kStep);
-    }
+    if constexpr (for_teacher)
+      row.template store_both<H>(g, gradient + v * kStep, row, grad_teacher + v * kStep);
+    else
+      row.template store_whole<H>(g, gradient + v * kStep);
   }
   // The same where a class is at -inf on both sides, a logit is NaN, or squares that are each finite have an infinite sum.
   template <bool all>

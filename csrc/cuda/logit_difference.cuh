@@ -20,13 +20,6 @@ __device__ __forceinline__ F to_mean(F difference, F s, F t) {
   return fabs(difference) < F(INFINITY) ? difference : s < F(INFINITY) && t < F(INFINITY) ? F(0) : F(NAN);
 }
 
-// The teacher's gradient from the student's.
-template <int n>
-__device__ __forceinline__ void negate(float (&gradient)[n]) {
-#pragma unroll
-  for (int i = 0; i < n; ++i) gradient[i] = -gradient[i];
-}
-
 // The function of a difference: a loss's Element<F>. Values and slopes are value(d) and slope(d) times a constant of the call.
 template <class F>
 struct Square {
@@ -193,12 +186,11 @@ struct Plain : LogitDifference<Element> {
           total += p.element.value(d);
           g[i] = p.element.slope(d) * factor;
         }
-        if constexpr (wants_gradient) gradient.template store_whole<H>(g, g_at);
-        if constexpr (for_teacher) {
-          negate(g);
-          grad_teacher.template store_whole<H>(g, teacher_at);
-          teacher_at += teacher_first.step;
-        }
+        if constexpr (for_teacher)
+          gradient.template store_both<H>(g, g_at, grad_teacher, teacher_at);
+        else if constexpr (wants_gradient)
+          gradient.template store_whole<H>(g, g_at);
+        teacher_at += teacher_first.step;
         s_at += s_first.step;
         t_at += t_first.step;
         g_at += g_first.step;
@@ -226,7 +218,8 @@ struct Plain : LogitDifference<Element> {
         }
         if constexpr (wants_gradient) write.next(g);
         if constexpr (for_teacher) {
-          negate(g);
+#pragma unroll
+          for (float& of_class : g) of_class = -of_class;
           write_teacher.next(g);
         }
       }

@@ -423,6 +423,24 @@ struct GradientRow {
     else
       __stcs(reinterpret_cast<uint2*>(at), make_uint2(word[0], word[1]));
   }
+  // And the negative in another row.
+  template <class Held>
+  __device__ __forceinline__ void store_both(const float (&x)[Held::width], char* at, const GradientRow& negative,
+                                             char* negative_at) const {
+    if constexpr (Held::packed) {
+      uint32_t word[Held::width / 2];
+      narrow_all<Held>(x, word);
+      store_words(at, {word[0], word[1], word[2], word[3]});
+      for (uint32_t& pair : word) pair ^= 0x80008000u;
+      store_words(negative_at, {word[0], word[1], word[2], word[3]});
+    } else {
+      store_whole<Held>(x, at);
+      float minus_x[Held::width];
+#pragma unroll
+      for (int i = 0; i < Held::width; ++i) minus_x[i] = -x[i];
+      negative.template store_whole<Held>(minus_x, negative_at);
+    }
+  }
   template <class Held>
   __device__ __forceinline__ void store_part(const float (&x)[Held::width], char* at, const RowSpan& span, int vector) const {
     uint32_t word[Held::width / 2];
@@ -487,12 +505,12 @@ struct Cursor {
   int vector, stride;
   bool whole;  // all of them go by 128 bits
   char* at;    // where the next one begins in memory
-  int64_t step;
+  int step;
 
   __device__ __forceinline__ Cursor(const void* row, int size, int width, const RowSpan& span, const Slice& slice, bool whole)
       : span(span), vector(slice.first), stride(slice.stride), whole(whole) {
     at = static_cast<char*>(const_cast<void*>(row)) + int64_t(vector * width - span.phase) * size;
-    step = int64_t(stride * width * size);
+    step = stride * width * size;
   }
   __device__ __forceinline__ void advance() {
     at += step;
