@@ -119,6 +119,7 @@ def on_triton(loss: Loss) -> Loss:
 _functorch_active, _traced = torch._C._are_functorch_transforms_active, torch._C._is_tracing
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _profiled, _graph_is_kept = torch._C._autograd._profiler_enabled, torch._C._autograd._get_current_graph_task_keep_graph
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def transformed() -> bool:
@@ -323,7 +324,7 @@ def _made_in_inference_mode(*inputs: Tensor | None) -> Inputs | None:
 
 def _scaled(loss: Loss, gradient: Tensor, grad_loss: Tensor) -> Tensor:
     """gradient * grad_loss: in place where this backward is the saved gradient's last use, which leaves it alone where grad_loss is 1."""
-    if torch.compiler.is_compiling() or _graph_is_kept():
+    if torch.compiler.is_compiling() or _graph_is_kept() or _is_batched(grad_loss):  # (is_grads_batched: many to one gradient)
         scaled: Tensor = loss.scale_gradient(gradient, grad_loss)
         return scaled
     plain = type(gradient) is type(grad_loss) is Tensor and not (grad_loss.is_neg() or _watched())

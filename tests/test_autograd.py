@@ -339,12 +339,13 @@ def test_vmap_over_grad_gives_per_sample_gradients(backend: str, variant: str) -
 def test_batched_gradients(backend: str, variant: str) -> None:
     """is_grads_batched: vmap over the backward alone."""
     s, t = pair(grad=True)
-    for options in ({"reduction": "none"}, {"reduction": "sum"}):
+    for reduction, sides in itertools.product(("none", "sum"), ((s, t), (s,))):
+        options = {"reduction": reduction}
 
-        def batched(f: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
-            value = f(s, t)
+        def batched(f: Callable[[Tensor, Tensor], Tensor], sides: tuple[Tensor, ...] = sides) -> tuple[Tensor, ...]:
+            value = f(s, t if len(sides) > 1 else t.detach())
             ups = torch.randn(4, *value.shape, dtype=F64, generator=torch.Generator().manual_seed(0))
-            return torch.autograd.grad(value, (s, t), ups, is_grads_batched=True)
+            return torch.autograd.grad(value, sides, ups, is_grads_batched=True)
 
         want = batched(theirs(variant, **options))
         try:
