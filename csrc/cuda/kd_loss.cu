@@ -270,20 +270,18 @@ struct KdLoss {
     return row;
   }
 
-  static __device__ __forceinline__ bool is_peaked(const Row& row)
-    requires requires { Soft::is_peaked(row.soft); }
+  static __device__ __forceinline__ bool is_peaked(const Parameters& p, const Row& row)
+    requires requires { Soft::is_peaked(p.soft, row.soft); }
   {
-    return Soft::is_peaked(row.soft);
+    return Soft::is_peaked(p.soft, row.soft);
   }
   template <class H>
-  static __device__ __forceinline__ void sum_others(const Parameters& p, const RowSpan& span, const Slice& slice,
-                                                    const RowPointers& at, const Row& row, float (&sums)[2]) {
-    Soft::template sum_others<H>(p.soft, span, slice, at, row.soft, sums);
+  static __device__ __forceinline__ float sum_growth(const Parameters& p, const RowSpan& span, const Slice& slice,
+                                                     const RowPointers& at, const Row& row) {
+    return Soft::template sum_growth<H>(p.soft, span, slice, at, row.soft);
   }
-  static __device__ __forceinline__ void set_log_ratio(Row& row, const float (&sums)[2]) {
-    Soft::set_log_ratio(row.soft, sums);
-  }
-  static __device__ __forceinline__ auto& shared_sums(Shared& shared) { return Soft::shared_sums(shared.soft); }
+  static __device__ __forceinline__ void set_shift(Row& row, float growth) { Soft::set_shift(row.soft, growth); }
+  static __device__ __forceinline__ auto& shared_growth(Shared& shared) { return Soft::shared_growth(shared.soft); }
 
   static __device__ __forceinline__ void write_loss(const Parameters& p, const Row& row, float weight, int64_t index) {
     const float soft = Soft::loss_of(p.soft, row.soft, weight);

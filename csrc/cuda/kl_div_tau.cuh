@@ -45,7 +45,10 @@ struct WidePhiSeries {  // 1.3e-7 relative
 constexpr uint32_t kTwoOrMore = 0x40000000u;  // set where |y| >= 2, and in infinity and NaN
 // From here on the KL, which is at least this less log S0, is as good in its plain form, and the stable one might overflow.
 constexpr float kPlainFrom = 20;
-constexpr float kPeaked = 1.015625;  // S0 and Z are below it where nearly all mass lies in one class
+// A row is peaked where its shift is below this times the mean. A gradient that is rounded to sixteen bits does not show what a
+// few more bits of cancellation do to it, and ordinary rows come that close to no shift less often.
+constexpr double kPeaked = 1. / 8, kPeakedOfSixteenBits = 1. / 64;
+constexpr double kMostRest = 64;  // e^rest is far from infinity
 
 __device__ __forceinline__ float or_zero(float top) { return top == -INFINITY ? 0.f : top; }
 // 2^((logit - top) log2), times 1 / unit.
@@ -80,7 +83,8 @@ struct KlDivTau {
     KlDivTauArgs args;
     float ratio, inv_tau, student_log2, teacher_log2;  // tau / teacher_tau, 1 / tau, log2(e) / tau, log2(e) / teacher_tau
     float loss_scale, student_scale, teacher_scale;    // scale, scale / tau, scale / teacher_tau
-    bool equal, exact;                                 // temperatures; and differences, those of sixteen-bit logits
+    float peaked;
+    bool equal, exact;  // temperatures; and differences, those of sixteen-bit logits
 
     explicit Parameters(const KlDivTauArgs& args) : args(args) {
       constexpr double log2_e = 1.4426950408889634;
@@ -91,6 +95,7 @@ struct KlDivTau {
       loss_scale = float(args.scale);
       student_scale = float(args.scale / args.tau);
       teacher_scale = float(args.scale / args.teacher_tau);
+      peaked = float(size_of(args.student.dtype) == 2 ? kPeakedOfSixteenBits : kPeaked);
       equal = args.tau == args.teacher_tau;
       exact = equal && size_of(args.student.dtype) == 2 && size_of(args.teacher.dtype) == 2;
     }
@@ -136,7 +141,7 @@ struct KlDivTau {
   };
   struct Row {
     float stat[KlStat::count];
-    float kl;
+    float kl, s_j;
     // Of this block's slice: what brings its w and v to the row's scale, the row's mean less its own.
     float w_share, v_share, apart;
   };
@@ -144,7 +149,7 @@ struct KlDivTau {
     int s_j;  // ordered as floats are
     uint32_t largest_pair[kMostWarps][1];
     float largest[kMostWarps][2], size[kMostWarps][1], all_sums[kMostWarps][3], sums[kMostWarps][2], excess[kMostWarps][1];
-    float others[kMostWarps][2];
+    float growth[kMostWarps][1];
     References references[kMostTeams];
   };
 
@@ -495,26 +500,26 @@ struct KlDivTau {
     row.stat[KlStat::mean] = partial.mean;
     row.stat[KlStat::inv_s0] = inv_s0;
     row.stat[KlStat::inv_z] = 1 / (partial.z == 0 ? kSmallest : partial.z);
+    row.s_j = partial.s_j;
     row.w_share = row.v_share = 1;
     return row;
   }
 
-  // Nearly all mass in one class on both sides, and a class of little mass far off: shift has lost its digits, beside the mean
-  // and beside the 1 of the large class.
-  static __device__ __forceinline__ bool is_peaked(const Row& row) {
-    const float shift = row.stat[KlStat::shift], mean = row.stat[KlStat::mean];
-    return row.stat[KlStat::inv_s0] > 1 / kPeaked && row.stat[KlStat::inv_z] > 1 / kPeaked && shift * shift < 1 &&
-           shift * shift < mean * mean / 64;
+  // Classes alike on both sides that have the mass, and one of little mass far off: either form loses the shift's digits, small
+  // as it is beside the mean. Where it is 1 or more, the classes that have the mass differ by as much, and nothing is lost.
+  static __device__ __forceinline__ bool is_peaked(const Parameters& p, const Row& row) {
+    const float shift = fabsf(row.stat[KlStat::shift]), rest = (row.stat[KlStat::s_max] - row.s_j) * p.inv_tau;
+    return shift < 1 && shift < p.peaked * fabsf(row.stat[KlStat::mean]) && rest < float(kMostRest);
   }
-  // v - w and w of the other classes in this thread's part of such a row.
+  // sum w (e^x - 1) over this thread's part of such a row: classes that are alike add nothing to it.
   template <class H>
-  static __device__ __forceinline__ void sum_others(const Parameters& p, const RowSpan& span, const Slice& slice,
-                                                    const RowPointers& at, const Row& row, float (&sums)[2]) {
-    const float t_max = row.stat[KlStat::t_max], s_max = row.stat[KlStat::s_max];
-    const Exponential<false> weight(p.teacher_log2, t_max), student_weight(p.student_log2, s_max);
+  static __device__ __forceinline__ float sum_growth(const Parameters& p, const RowSpan& span, const Slice& slice,
+                                                     const RowPointers& at, const Row& row) {
+    const Difference difference(p, row.stat);
+    const Exponential<false> weight(p.teacher_log2, row.stat[KlStat::t_max]), grown(p.student_log2, row.s_j);  // w, w e^x
     Reader<H> read_student(at.student, p.args.student.dtype, span, slice, nothing<H>()),
         read_teacher(at.teacher, p.args.teacher.dtype, span, slice, nothing<H>());
-    sums[0] = sums[1] = 0;
+    float growth = 0;
 #pragma unroll 1
     for (int i = 0; i < slice.count; ++i) {
       H s[1], t[1];
@@ -522,16 +527,16 @@ struct KlDivTau {
       read_teacher.next(t, 1);
 #pragma unroll
       for (int k = 0; k < H::width; ++k) {
-        const float w = t[0][k] == t_max ? 0.f : weight(t[0][k]), v = s[0][k] == s_max ? 0.f : student_weight(s[0][k]);
-        sums[0] += v - w;
-        sums[1] += w;
+        const float x = difference.of<false>(s[0][k], t[0][k]) * p.inv_tau, w = weight(t[0][k]);
+        growth += x * x < 1 ? w * math::expm1_series(x) : grown(s[0][k]) - w;
       }
     }
+    return growth;
   }
-  static __device__ __forceinline__ void set_log_ratio(Row& row, const float (&sums)[2]) {
-    row.stat[KlStat::shift] = math::log1p(sums[0] / (1 + sums[1]));
+  static __device__ __forceinline__ void set_shift(Row& row, float growth) {
+    row.stat[KlStat::shift] = math::log1p(growth * row.stat[KlStat::inv_s0]);
   }
-  static __device__ __forceinline__ auto& shared_sums(Shared& shared) { return shared.others; }
+  static __device__ __forceinline__ auto& shared_growth(Shared& shared) { return shared.growth; }
 
   // Slices differ in their references: their sums are brought to those of the slice that holds the row's largest teacher logit.
   struct Merge {
@@ -667,7 +672,7 @@ struct KlDivTau {
 // ----------------------------------------------------
 
 struct WideShared {
-  double largest[kMostWarps][3], s_at[kMostWarps][1], sums[kMostWarps][3], excesses[kMostWarps][1], others[kMostWarps][2];
+  double largest[kMostWarps][3], s_at[kMostWarps][1], sums[kMostWarps][3], excesses[kMostWarps][1], growth[kMostWarps][1];
 };
 
 struct WideKlRow {
@@ -751,16 +756,16 @@ struct WideKlRow {
       kl = kl < 0 ? 0 : kl;
       stat[KlStat::shift] = mean + kl;
     }
-    const double shift = stat[KlStat::shift];
-    if (rest == 0 && sum[0] < kPeaked && sum[2] < kPeaked && shift * shift < mean * mean / 64) {
-      double others[2] = {0, 0};
+    const double shift = ::fabs(stat[KlStat::shift]);
+    if (shift < 1 && shift < kPeaked * ::fabs(mean) && rest < kMostRest) {  // see KlDivTau::is_peaked
+      const double exp_rest = math::exp(rest);
+      double growth[1] = {0};
       for (int64_t k = team.lane; k < args.classes; k += team.size) {
-        const double wk = t(k) == stat[KlStat::t_max] ? 0 : w(t(k)), vk = s(k) == stat[KlStat::s_max] ? 0 : v(s(k));
-        others[0] += vk - wk;
-        others[1] += wk;
+        const double sk = s(k), tk = t(k), wk = w(tk), xk = x(sk, tk);
+        growth[0] += xk * xk < 1 ? wk * math::expm1_series(xk) : v(sk) * exp_rest - wk;
       }
-      cuda::reduce<Sum>(team, others, shared.others);
-      stat[KlStat::shift] = math::log1p(others[0] / (1 + others[1]));
+      cuda::reduce<Sum>(team, growth, shared.growth);
+      stat[KlStat::shift] = math::log1p(growth[0] * inv_s0);
     }
     return kl;
   }
