@@ -83,7 +83,7 @@ __device__ __forceinline__ void store_losses(const KdLossArgs& args, int64_t row
 template <class Soft>
 struct KdLoss {
   using Args = KdLossArgs;
-  static constexpr int kHeld = Soft::kHeld, kHeldForward = Soft::kHeldForward, kBlocks = Soft::kBlocks;
+  static constexpr int kHeld = Soft::kHeld, kHeldForward = Soft::kHeldForward, kShared = Soft::kShared, kBlocks = Soft::kBlocks;
   static constexpr int kSoftStats = Soft::kStats, kStats = kSoftStats + HardStat::count;
 
   struct Parameters {
@@ -163,11 +163,17 @@ struct KdLoss {
                                p.classes);
       hard.factor *= exponential.unit(row.hard.stat[HardStat::s_max]);
       soft.write_gradient(p.soft, span, slice, row.soft, gradient, soft_factor, [&](int v, float (&g)[H::width]) {
-        add_hard(p, exponential, hard, target, soft.s[v], first_class<H>(span, slice, v), g);
+        add_hard(p, exponential, hard, target, logits_of(v), first_class<H>(span, slice, v), g);
       });
     }
 
    private:
+    __device__ __forceinline__ H logits_of(int v) const {
+      if constexpr (requires { soft.student(v); })
+        return soft.student(v);
+      else
+        return soft.s[v];
+    }
     __device__ __forceinline__ HardSums<float> sum(const Parameters& p, const Team& team, const RowSpan& span,
                                                    const Slice& slice, Shared& shared) const {
       H top = nothing<H>();

@@ -77,7 +77,7 @@ struct SoftExponential {
 
 struct KlDivTau {
   using Args = KlDivTauArgs;
-  static constexpr int kHeld = 4, kHeldForward = 8, kBlocks = 1, kStats = KlStat::count;
+  static constexpr int kHeld = 4, kHeldForward = 8, kShared = kHeld * sizeof(uint4), kBlocks = 1, kStats = KlStat::count;
 
   struct Parameters {
     KlDivTauArgs args;
@@ -172,6 +172,9 @@ struct KlDivTau {
     Exponential<H::packed> weight;
     float w_unit;
     const References* kept;  // in shared memory: the gradient has use for every register
+    // This thread's logits of the student too, where they are packed: after the first sums few rows ask for them.
+    static constexpr bool kShares = wants_gradient && H::packed;
+    uint32_t shared_student;
     // For the gradient: w; and h, which is x first and then w (exp(x - mean) - 1) / PhiSeries::kUnit, if that `is_stable`. v,
     // in the slice's units, is v_rest times w exp(x - mean) then, and v_rest times what student_weight gives otherwise.
     float w[kKept + 1][H::width], h[kKept + 1][H::width], v_rest;
@@ -186,6 +189,15 @@ struct KlDivTau {
       H t[kVectors];
       Reader<H>(student, p.args.student.dtype, span, slice, nothing<H>()).next(s, slice.count);
       Reader<H>(teacher, p.args.teacher.dtype, span, slice, nothing<H>()).next(t, slice.count);
+      if constexpr (kShares) {
+        extern __shared__ uint4 of_threads[];
+        shared_student = uint32_t(__cvta_generic_to_shared(of_threads + threadIdx.x));
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+          if (v >= slice.count) break;
+          of_threads[v * blockDim.x + threadIdx.x] = {s[v].word[0], s[v].word[1], s[v].word[2], s[v].word[3]};
+        }
+      }
       Partial partial;
       find_references(team, slice, t, partial, shared);
       beside(partial.s_max);
@@ -206,6 +218,20 @@ struct KlDivTau {
         if ((H::packed ? p.exact : p.equal) && sum_at_once(p, team, slice, t, partial, shared)) return partial;
       sum_around_mean(p, team, slice, t, partial, shared);
       return partial;
+    }
+
+    // The student's logits, after the first sums.
+    __device__ __forceinline__ H student(int v) const {
+      if constexpr (kShares) {
+        H held;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(held.word[0]), "=r"(held.word[1]), "=r"(held.word[2]), "=r"(held.word[3])
+                     : "r"(shared_student + v * blockDim.x * uint32_t(sizeof(uint4)))
+                     : "memory");
+        return held;
+      } else {
+        return still_packed(s[v]);
+      }
     }
 
     // The maxima, and the student's logit where the teacher's is largest (the largest such, where several are).
@@ -362,9 +388,9 @@ struct KlDivTau {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         if (v >= slice.count) break;
-        const H student = still_packed(s[v]);
+        const H logits = student(v);
 #pragma unroll
-        for (int i = 0; i < H::width; ++i) sum += student_weight(student[i]);
+        for (int i = 0; i < H::width; ++i) sum += student_weight(logits[i]);
       }
       return sum;
     }
@@ -381,8 +407,8 @@ struct KlDivTau {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         if (v >= slice.count) break;
-        const H student = still_packed(s[v]);
-        H teacher;
+        H logits, teacher;
+        if constexpr (!kShares) logits = student(v);
         if constexpr (!wants_gradient) teacher = still_packed(t[v]);
         const auto weight_of = [&](int i) {
           if constexpr (wants_gradient)
@@ -397,7 +423,7 @@ struct KlDivTau {
           if constexpr (wants_gradient)
             y[i] = fmaf(h[v][i], scale, -shift);
           else
-            y[i] = fmaf(x.template of<exact>(student[i], teacher[i]), scale, -shift);
+            y[i] = fmaf(x.template of<exact>(logits[i], teacher[i]), scale, -shift);
           bits[i] = __float_as_uint(y[i]);
         }
         if ((either_of_all(bits) & kTwoOrMore) == 0) {
@@ -411,9 +437,10 @@ struct KlDivTau {
           }
         } else {
           const Exponential<H::packed> student_weight = student_weight_of();
+          if constexpr (kShares) logits = student(v);
 #pragma unroll
           for (int i = 0; i < H::width; ++i) {
-            const float wk = weight_of(i), far = fmaf(student_weight(student[i]), v_scale, wk * (-1 / Series::kUnit));
+            const float wk = weight_of(i), far = fmaf(student_weight(logits[i]), v_scale, wk * (-1 / Series::kUnit));
             // 0 where w is; but at once, no number where the student alone is at -inf: the loss is infinite.
             const float wy = wk == 0 && !(at_once && y[i] == -INFINITY) ? 0.f : wk * y[i];
             const float near = wy * y[i] * math::polynomial<Series>(y[i]);
@@ -452,8 +479,9 @@ struct KlDivTau {
           for (int i = 0; i < H::width; ++i) g[i] = fmaf(h[v][i], by_h, w[v][i] * by_w);
         } else {
           const Exponential<H::packed> student_weight = student_exponential(p);
+          const H logits = student(v);
 #pragma unroll
-          for (int i = 0; i < H::width; ++i) g[i] = fmaf(student_weight(s[v][i]), q_factor, -(w[v][i] * p_factor));
+          for (int i = 0; i < H::width; ++i) g[i] = fmaf(student_weight(logits[i]), q_factor, -(w[v][i] * p_factor));
         }
         mix(v, g);
         write.next(g);

@@ -36,6 +36,7 @@ struct Plan {
   int slice_vectors = 0;
   bool cluster = false;
   unsigned blocks = 0;
+  unsigned shared = 0;  // bytes of a block's shared memory that the launch sets aside
 
   // Of this thread.
   __device__ __forceinline__ int64_t row() const {
@@ -641,8 +642,9 @@ __device__ __forceinline__ void finish(const Task& task, const KdLossArgs& args)
 }
 
 // A loss L has: kHeld, the vectors of a row that a thread takes, and kHeldForward, the same where no gradient is wanted;
-// kBlocks, of the largest size, that a multiprocessor is to hold; kStats; Parameters, with `args` in it; Partial, the numbers
-// of a slice, and Row, those of a row, all floats;
+// kShared, the bytes of shared memory that a thread's packed vectors take there, where a gradient is wanted; kBlocks, of the
+// largest size, that a multiprocessor is to hold; kStats; Parameters, with `args` in it; Partial, the numbers of a slice, and
+// Row, those of a row, all floats;
 //   Held<H, wants_gradient>  a slice in registers: reduce() makes its Partial, write_gradient() needs the Row
 //   row_of(parameters, partial)                  the Row of a single slice; of a loss that keeps numbers in shared memory
 //                                                meanwhile, row_of(parameters, partial, team, shared)
@@ -1025,6 +1027,8 @@ void run_forward(const typename L::Args& caller, const Call& call, int stats, co
     if (apart && wants_gradient && stats > 0 && args.row_stats == nullptr) args.row_stats = memory.row_stats;
     typename L::Parameters parameters(args);
     void* arguments[] = {&parameters, &task};
+    if (!apart && wants_gradient && vector_width(args.student.dtype, args.teacher.dtype) == HeldBF16::width)
+      plan.shared = unsigned(plan.threads * L::kShared);
     if (!apart)
       return launch(wants_gradient ? KDFAST_HELD(KDFAST_FORWARD_GRADIENT, args) : KDFAST_HELD(KDFAST_FORWARD, args), plan,
                     stream, arguments, name, args.rows, args.classes);
