@@ -332,23 +332,29 @@ def test_one_class_with_all_the_mass(place: Where, tau: float, k: int) -> None:
 
 
 @pytest.mark.parametrize("tau", [0.05, 1.0, 4.0])
-@pytest.mark.parametrize("alike", [2, 3, 40, 300])
-def test_several_classes_with_all_the_mass(alike: int, tau: float) -> None:
+@pytest.mark.parametrize("alike", [2, 3, 40, 300, 5000, 32000, 270000])
+@pytest.mark.parametrize("place", [place for place in places() if place.backend == "cpp"], ids=str)
+def test_several_classes_with_all_the_mass(place: Where, alike: int, tau: float) -> None:
     """Alike on both sides, and one class of little mass far off."""
     t, s = torch.zeros(3, alike + 1), torch.zeros(3, alike + 1)
     t[:, -1] = -8
     s[:, -1] = torch.tensor([-60.0, -2000, -20000])
-    s[0, 0] = 0.25
+    s[0, : alike // 2] = 0.25
     for grads in ("s", "st"):
-        check(
-            Where("cpu", "cpp"),
-            "kl_div_tau",
-            student=s * tau,
-            teacher=t * tau,
-            tau=tau,
-            scale_by_tau_squared=False,
-            grads=grads,
-        )
+        check(place, "kl_div_tau", student=s * tau, teacher=t * tau, tau=tau, scale_by_tau_squared=False, grads=grads)
+
+
+@pytest.mark.parametrize("k", [9, 1000, 4096, 32000, 270000])
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
+@pytest.mark.parametrize("place", [place for place in places() if place.backend == "cpp"], ids=str)
+def test_kd_loss_where_few_classes_have_all_the_mass(place: Where, dtype: torch.dtype, alpha: float, k: int) -> None:
+    """As above; the target, of the hard part, is among them."""
+    t, s = torch.full((3, k), -200.0), torch.full((3, k), -200.0)
+    t[:, :3], s[:, :3] = torch.tensor([0.0, 0, -8]), torch.tensor([0.0, 0, -2000])
+    t[1, 1] = s[1, 1] = -200
+    t[2, 2], s[2, 2] = -14, -20000
+    check(place, "kd_loss", student=s.to(dtype), teacher=t.to(dtype), tau=1.0, alpha=alpha, target=torch.zeros(3, dtype=torch.int64))
 
 
 @pytest.mark.contract("-inf on both sides is as if the class were not there")

@@ -83,7 +83,7 @@ __device__ __forceinline__ void store_losses(const KdLossArgs& args, int64_t row
 template <class Soft>
 struct KdLoss {
   using Args = KdLossArgs;
-  static constexpr int kHeld = Soft::kHeld, kHeldForward = Soft::kHeldForward, kBlocks = Soft::kBlocks;
+  static constexpr int kHeld = Soft::kHeld, kHeldForward = Soft::kHeldForward, kShared = Soft::kShared, kBlocks = Soft::kBlocks;
   static constexpr bool kForTeacher = false;
   static constexpr int kSoftStats = Soft::kStats, kStats = kSoftStats + HardStat::count;
 
@@ -164,11 +164,17 @@ struct KdLoss {
                                p.classes);
       hard.factor *= exponential.unit(row.hard.stat[HardStat::s_max]);
       soft.write_gradient(p.soft, span, slice, row.soft, gradient, soft_factor, [&](int v, float (&g)[H::width]) {
-        add_hard(p, exponential, hard, target, soft.s[v], first_class<H>(span, slice, v), g);
+        add_hard(p, exponential, hard, target, logits_of(v), first_class<H>(span, slice, v), g);
       });
     }
 
    private:
+    __device__ __forceinline__ H logits_of(int v) const {
+      if constexpr (requires { soft.student(v); })
+        return soft.student(v);
+      else
+        return soft.s[v];
+    }
     __device__ __forceinline__ HardSums<float> sum(const Parameters& p, const Team& team, const RowSpan& span,
                                                    const Slice& slice, Shared& shared) const {
       H top = nothing<H>();
@@ -271,20 +277,18 @@ struct KdLoss {
     return row;
   }
 
-  static __device__ __forceinline__ bool is_peaked(const Row& row)
-    requires requires { Soft::is_peaked(row.soft); }
+  static __device__ __forceinline__ bool is_peaked(const Parameters& p, const Row& row)
+    requires requires { Soft::is_peaked(p.soft, row.soft); }
   {
-    return Soft::is_peaked(row.soft);
+    return Soft::is_peaked(p.soft, row.soft);
   }
   template <class H>
-  static __device__ __forceinline__ void sum_others(const Parameters& p, const RowSpan& span, const Slice& slice,
-                                                    const RowPointers& at, const Row& row, float (&sums)[2]) {
-    Soft::template sum_others<H>(p.soft, span, slice, at, row.soft, sums);
+  static __device__ __forceinline__ float sum_growth(const Parameters& p, const RowSpan& span, const Slice& slice,
+                                                     const RowPointers& at, const Row& row) {
+    return Soft::template sum_growth<H>(p.soft, span, slice, at, row.soft);
   }
-  static __device__ __forceinline__ void set_log_ratio(Row& row, const float (&sums)[2]) {
-    Soft::set_log_ratio(row.soft, sums);
-  }
-  static __device__ __forceinline__ auto& shared_sums(Shared& shared) { return Soft::shared_sums(shared.soft); }
+  static __device__ __forceinline__ void set_shift(Row& row, float growth) { Soft::set_shift(row.soft, growth); }
+  static __device__ __forceinline__ auto& shared_growth(Shared& shared) { return Soft::shared_growth(shared.soft); }
 
   static __device__ __forceinline__ void write_loss(const Parameters& p, const Row& row, float weight, int64_t index) {
     const float soft = Soft::loss_of(p.soft, row.soft, weight);

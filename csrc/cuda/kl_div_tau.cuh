@@ -45,7 +45,10 @@ struct WidePhiSeries {  // 1.3e-7 relative
 constexpr uint32_t kTwoOrMore = 0x40000000u;  // set where |y| >= 2, and in infinity and NaN
 // From here on the KL, which is at least this less log S0, is as good in its plain form, and the stable one might overflow.
 constexpr float kPlainFrom = 20;
-constexpr float kPeaked = 1.015625;  // S0 and Z are below it where nearly all mass lies in one class
+// A row is peaked where its shift is below this times the mean. A gradient that is rounded to sixteen bits does not show what a
+// few more bits of cancellation do to it, and ordinary rows come that close to no shift less often.
+constexpr double kPeaked = 1. / 8, kPeakedOfSixteenBits = 1. / 64;
+constexpr double kMostRest = 64;  // e^rest is far from infinity
 
 __device__ __forceinline__ float or_zero(float top) { return top == -INFINITY ? 0.f : top; }
 // 2^((logit - top) log2), times 1 / unit.
@@ -74,14 +77,15 @@ struct SoftExponential {
 
 struct KlDivTau {
   using Args = KlDivTauArgs;
-  static constexpr int kHeld = 4, kHeldForward = 8, kBlocks = 1, kStats = KlStat::count;
+  static constexpr int kHeld = 4, kHeldForward = 8, kShared = kHeld * sizeof(uint4), kBlocks = 1, kStats = KlStat::count;
   static constexpr bool kForTeacher = true;
 
   struct Parameters {
     KlDivTauArgs args;
     float ratio, inv_tau, student_log2, teacher_log2;  // tau / teacher_tau, 1 / tau, log2(e) / tau, log2(e) / teacher_tau
     float loss_scale, student_scale, teacher_scale;    // scale, scale / tau, scale / teacher_tau
-    bool equal, exact;                                 // temperatures; and differences, those of sixteen-bit logits
+    float peaked;
+    bool equal, exact;  // temperatures; and differences, those of sixteen-bit logits
 
     explicit Parameters(const KlDivTauArgs& args) : args(args) {
       constexpr double log2_e = 1.4426950408889634;
@@ -92,6 +96,7 @@ struct KlDivTau {
       loss_scale = float(args.scale);
       student_scale = float(args.scale / args.tau);
       teacher_scale = float(args.scale / args.teacher_tau);
+      peaked = float(size_of(args.student.dtype) == 2 ? kPeakedOfSixteenBits : kPeaked);
       equal = args.tau == args.teacher_tau;
       exact = equal && size_of(args.student.dtype) == 2 && size_of(args.teacher.dtype) == 2;
     }
@@ -137,7 +142,7 @@ struct KlDivTau {
   };
   struct Row {
     float stat[KlStat::count];
-    float kl;
+    float kl, s_j;
     // Of this block's slice: what brings its w and v to the row's scale, the row's mean less its own.
     float w_share, v_share, apart;
   };
@@ -145,7 +150,7 @@ struct KlDivTau {
     int s_j;  // ordered as floats are
     uint32_t largest_pair[kMostWarps][1];
     float largest[kMostWarps][2], size[kMostWarps][1], all_sums[kMostWarps][3], sums[kMostWarps][2], excess[kMostWarps][1];
-    float others[kMostWarps][2];
+    float growth[kMostWarps][1];
     References references[kMostTeams];
   };
 
@@ -168,6 +173,9 @@ struct KlDivTau {
     Exponential<H::packed> weight;
     float w_unit;
     const References* kept;  // in shared memory: the gradient has use for every register
+    // This thread's logits of the student too, where they are packed: after the first sums few rows ask for them.
+    static constexpr bool kShares = wants_gradient && H::packed;
+    uint32_t shared_student;
     // For the gradient: w; and h, which is x first and then w (exp(x - mean) - 1) / PhiSeries::kUnit, if that `is_stable`. v,
     // in the slice's units, is v_rest times w exp(x - mean) then, and v_rest times what student_weight gives otherwise.
     // For both gradients h stays x.
@@ -183,6 +191,15 @@ struct KlDivTau {
       H t[kVectors];
       Reader<H>(student, p.args.student.dtype, span, slice, nothing<H>()).next(s, slice.count);
       Reader<H>(teacher, p.args.teacher.dtype, span, slice, nothing<H>()).next(t, slice.count);
+      if constexpr (kShares) {
+        extern __shared__ uint4 of_threads[];
+        shared_student = uint32_t(__cvta_generic_to_shared(of_threads + threadIdx.x));
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+          if (v >= slice.count) break;
+          of_threads[v * blockDim.x + threadIdx.x] = {s[v].word[0], s[v].word[1], s[v].word[2], s[v].word[3]};
+        }
+      }
       Partial partial;
       find_references(team, slice, t, partial, shared);
       beside(partial.s_max);
@@ -203,6 +220,20 @@ struct KlDivTau {
         if ((H::packed ? p.exact : p.equal) && sum_at_once(p, team, slice, t, partial, shared)) return partial;
       sum_around_mean(p, team, slice, t, partial, shared);
       return partial;
+    }
+
+    // The student's logits, after the first sums.
+    __device__ __forceinline__ H student(int v) const {
+      if constexpr (kShares) {
+        H held;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(held.word[0]), "=r"(held.word[1]), "=r"(held.word[2]), "=r"(held.word[3])
+                     : "r"(shared_student + v * blockDim.x * uint32_t(sizeof(uint4)))
+                     : "memory");
+        return held;
+      } else {
+        return still_packed(s[v]);
+      }
     }
 
     // The maxima, and the student's logit where the teacher's is largest (the largest such, where several are).
@@ -359,9 +390,9 @@ struct KlDivTau {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         if (v >= slice.count) break;
-        const H student = still_packed(s[v]);
+        const H logits = student(v);
 #pragma unroll
-        for (int i = 0; i < H::width; ++i) sum += student_weight(student[i]);
+        for (int i = 0; i < H::width; ++i) sum += student_weight(logits[i]);
       }
       return sum;
     }
@@ -378,8 +409,8 @@ struct KlDivTau {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         if (v >= slice.count) break;
-        const H student = still_packed(s[v]);
-        H teacher;
+        H logits, teacher;
+        if constexpr (!kShares) logits = student(v);
         if constexpr (!wants_gradient) teacher = still_packed(t[v]);
         const auto weight_of = [&](int i) {
           if constexpr (wants_gradient)
@@ -394,7 +425,7 @@ struct KlDivTau {
           if constexpr (wants_gradient)
             y[i] = fmaf(h[v][i], scale, -shift);
           else
-            y[i] = fmaf(x.template of<exact>(student[i], teacher[i]), scale, -shift);
+            y[i] = fmaf(x.template of<exact>(logits[i], teacher[i]), scale, -shift);
           bits[i] = __float_as_uint(y[i]);
         }
         if ((either_of_all(bits) & kTwoOrMore) == 0) {
@@ -408,9 +439,10 @@ struct KlDivTau {
           }
         } else {
           const Exponential<H::packed> student_weight = student_weight_of();
+          if constexpr (kShares) logits = student(v);
 #pragma unroll
           for (int i = 0; i < H::width; ++i) {
-            const float wk = weight_of(i), far = fmaf(student_weight(student[i]), v_scale, wk * (-1 / Series::kUnit));
+            const float wk = weight_of(i), far = fmaf(student_weight(logits[i]), v_scale, wk * (-1 / Series::kUnit));
             // 0 where w is; but at once, no number where the student alone is at -inf: the loss is infinite.
             const float wy = wk == 0 && !(at_once && y[i] == -INFINITY) ? 0.f : wk * y[i];
             const float near = wy * y[i] * math::polynomial<Series>(y[i]);
@@ -449,8 +481,9 @@ struct KlDivTau {
           for (int i = 0; i < H::width; ++i) g[i] = fmaf(h[v][i], by_h, w[v][i] * by_w);
         } else {
           const Exponential<H::packed> student_weight = student_exponential(p);
+          const H logits = student(v);
 #pragma unroll
-          for (int i = 0; i < H::width; ++i) g[i] = fmaf(student_weight(s[v][i]), q_factor, -(w[v][i] * p_factor));
+          for (int i = 0; i < H::width; ++i) g[i] = fmaf(student_weight(logits[i]), q_factor, -(w[v][i] * p_factor));
         }
         mix(v, g);
         write.next(g);
@@ -497,10 +530,11 @@ struct KlDivTau {
 #pragma unroll
           for (int i = 0; i < H::width; ++i) g[i] = w[v][i] * p_factor * math::expm1_series(g[i]);
         } else {
+          const H logits = student(v);
 #pragma unroll
           for (int i = 0; i < H::width; ++i) {
             const float z = g[i], p_k = w[v][i] * p_factor;
-            g[i] = z * z < limit ? p_k * math::expm1_series(z) : fmaf(student_weight(s[v][i]), q_factor, -p_k);
+            g[i] = z * z < limit ? p_k * math::expm1_series(z) : fmaf(student_weight(logits[i]), q_factor, -p_k);
           }
         }
         write.next(g);
@@ -547,26 +581,26 @@ struct KlDivTau {
     row.stat[KlStat::mean] = partial.mean;
     row.stat[KlStat::inv_s0] = inv_s0;
     row.stat[KlStat::inv_z] = 1 / (partial.z == 0 ? kSmallest : partial.z);
+    row.s_j = partial.s_j;
     row.w_share = row.v_share = 1;
     return row;
   }
 
-  // Nearly all mass in one class on both sides, and a class of little mass far off: shift has lost its digits, beside the mean
-  // and beside the 1 of the large class.
-  static __device__ __forceinline__ bool is_peaked(const Row& row) {
-    const float shift = row.stat[KlStat::shift], mean = row.stat[KlStat::mean];
-    return row.stat[KlStat::inv_s0] > 1 / kPeaked && row.stat[KlStat::inv_z] > 1 / kPeaked && shift * shift < 1 &&
-           shift * shift < mean * mean / 64;
+  // Classes alike on both sides that have the mass, and one of little mass far off: either form loses the shift's digits, small
+  // as it is beside the mean. Where it is 1 or more, the classes that have the mass differ by as much, and nothing is lost.
+  static __device__ __forceinline__ bool is_peaked(const Parameters& p, const Row& row) {
+    const float shift = fabsf(row.stat[KlStat::shift]), rest = (row.stat[KlStat::s_max] - row.s_j) * p.inv_tau;
+    return shift < 1 && shift < p.peaked * fabsf(row.stat[KlStat::mean]) && rest < float(kMostRest);
   }
-  // v - w and w of the other classes in this thread's part of such a row.
+  // sum w (e^x - 1) over this thread's part of such a row: classes that are alike add nothing to it.
   template <class H>
-  static __device__ __forceinline__ void sum_others(const Parameters& p, const RowSpan& span, const Slice& slice,
-                                                    const RowPointers& at, const Row& row, float (&sums)[2]) {
-    const float t_max = row.stat[KlStat::t_max], s_max = row.stat[KlStat::s_max];
-    const Exponential<false> weight(p.teacher_log2, t_max), student_weight(p.student_log2, s_max);
+  static __device__ __forceinline__ float sum_growth(const Parameters& p, const RowSpan& span, const Slice& slice,
+                                                     const RowPointers& at, const Row& row) {
+    const Difference difference(p, row.stat);
+    const Exponential<false> weight(p.teacher_log2, row.stat[KlStat::t_max]), grown(p.student_log2, row.s_j);  // w, w e^x
     Reader<H> read_student(at.student, p.args.student.dtype, span, slice, nothing<H>()),
         read_teacher(at.teacher, p.args.teacher.dtype, span, slice, nothing<H>());
-    sums[0] = sums[1] = 0;
+    float growth = 0;
 #pragma unroll 1
     for (int i = 0; i < slice.count; ++i) {
       H s[1], t[1];
@@ -574,16 +608,16 @@ struct KlDivTau {
       read_teacher.next(t, 1);
 #pragma unroll
       for (int k = 0; k < H::width; ++k) {
-        const float w = t[0][k] == t_max ? 0.f : weight(t[0][k]), v = s[0][k] == s_max ? 0.f : student_weight(s[0][k]);
-        sums[0] += v - w;
-        sums[1] += w;
+        const float x = difference.of<false>(s[0][k], t[0][k]) * p.inv_tau, w = weight(t[0][k]);
+        growth += x * x < 1 ? w * math::expm1_series(x) : grown(s[0][k]) - w;
       }
     }
+    return growth;
   }
-  static __device__ __forceinline__ void set_log_ratio(Row& row, const float (&sums)[2]) {
-    row.stat[KlStat::shift] = math::log1p(sums[0] / (1 + sums[1]));
+  static __device__ __forceinline__ void set_shift(Row& row, float growth) {
+    row.stat[KlStat::shift] = math::log1p(growth * row.stat[KlStat::inv_s0]);
   }
-  static __device__ __forceinline__ auto& shared_sums(Shared& shared) { return shared.others; }
+  static __device__ __forceinline__ auto& shared_growth(Shared& shared) { return shared.growth; }
 
   // Slices differ in their references: their sums are brought to those of the slice that holds the row's largest teacher logit.
   struct Merge {
@@ -719,7 +753,7 @@ struct KlDivTau {
 // ----------------------------------------------------
 
 struct WideShared {
-  double largest[kMostWarps][3], s_at[kMostWarps][1], sums[kMostWarps][3], excesses[kMostWarps][1], others[kMostWarps][2];
+  double largest[kMostWarps][3], s_at[kMostWarps][1], sums[kMostWarps][3], excesses[kMostWarps][1], growth[kMostWarps][1];
 };
 
 struct WideKlRow {
@@ -803,16 +837,16 @@ struct WideKlRow {
       kl = kl < 0 ? 0 : kl;
       stat[KlStat::shift] = mean + kl;
     }
-    const double shift = stat[KlStat::shift];
-    if (rest == 0 && sum[0] < kPeaked && sum[2] < kPeaked && shift * shift < mean * mean / 64) {
-      double others[2] = {0, 0};
+    const double shift = ::fabs(stat[KlStat::shift]);
+    if (shift < 1 && shift < kPeaked * ::fabs(mean) && rest < kMostRest) {  // see KlDivTau::is_peaked
+      const double exp_rest = math::exp(rest);
+      double growth[1] = {0};
       for (int64_t k = team.lane; k < args.classes; k += team.size) {
-        const double wk = t(k) == stat[KlStat::t_max] ? 0 : w(t(k)), vk = s(k) == stat[KlStat::s_max] ? 0 : v(s(k));
-        others[0] += vk - wk;
-        others[1] += wk;
+        const double sk = s(k), tk = t(k), wk = w(tk), xk = x(sk, tk);
+        growth[0] += xk * xk < 1 ? wk * math::expm1_series(xk) : v(sk) * exp_rest - wk;
       }
-      cuda::reduce<Sum>(team, others, shared.others);
-      stat[KlStat::shift] = math::log1p(others[0] / (1 + others[1]));
+      cuda::reduce<Sum>(team, growth, shared.growth);
+      stat[KlStat::shift] = math::log1p(growth[0] * inv_s0);
     }
     return kl;
   }

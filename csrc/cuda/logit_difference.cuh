@@ -133,7 +133,7 @@ struct LogitDifference {
 template <class Element>
 struct Plain : LogitDifference<Element> {
   using typename LogitDifference<Element>::Parameters;
-  static constexpr int kHeld = 32, kHeldForward = kHeld, kBlocks = 2;
+  static constexpr int kHeld = 32, kHeldForward = kHeld, kShared = 0, kBlocks = 2;
 
   struct Shared {
     float total[kMostWarps][1];
@@ -237,7 +237,7 @@ struct Plain : LogitDifference<Element> {
 
 // Around the mean: the row is held until that is known.
 struct Centred : LogitDifference<Square<float>> {
-  static constexpr int kHeld = 4, kHeldForward = kHeld, kBlocks = 1;
+  static constexpr int kHeld = 4, kHeldForward = kHeld, kShared = 0, kBlocks = 1;
 
   struct Shared {
     float size[kMostWarps][2], sums[2][kMostWarps][2], total[kMostWarps][1];

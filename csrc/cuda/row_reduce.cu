@@ -141,7 +141,11 @@ void launch(const void* kernel, const Plan& plan, cudaStream_t stream, void** ar
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(plan.blocks);
   config.blockDim = dim3(unsigned(plan.threads));
+  config.dynamicSmemBytes = plan.shared;
   config.stream = stream;
+  constexpr unsigned kUnasked = 24 << 10;  // of 48 KiB; a kernel's own takes less than the rest
+  if (plan.shared > kUnasked)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)), "cudaFuncSetAttribute");
   cudaLaunchAttribute cluster[1];
   if (plan.cluster) {
     cluster[0].id = cudaLaunchAttributeClusterDimension;

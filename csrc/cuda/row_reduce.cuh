@@ -36,6 +36,7 @@ struct Plan {
   int slice_vectors = 0;
   bool cluster = false;
   unsigned blocks = 0;
+  unsigned shared = 0;  // bytes of a block's shared memory that the launch sets aside
 
   // Of this thread.
   __device__ __forceinline__ int64_t row() const {
@@ -659,8 +660,9 @@ __device__ __forceinline__ void finish(const Task& task, const KdLossArgs& args)
 }
 
 // A loss L has: kHeld, the vectors of a row that a thread takes, and kHeldForward, the same where no gradient is wanted;
-// kBlocks, of the largest size, that a multiprocessor is to hold; kStats; Parameters, with `args` in it; Partial, the numbers
-// of a slice, and Row, those of a row, all floats;
+// kShared, the bytes of shared memory that a thread's packed vectors take there, where a gradient is wanted; kBlocks, of the
+// largest size, that a multiprocessor is to hold; kStats; Parameters, with `args` in it; Partial, the numbers of a slice, and
+// Row, those of a row, all floats;
 //   Held<H, wants_gradient, for_teacher>  a slice in registers: reduce() makes its Partial, write_gradient() needs the Row;
 //                                with for_teacher, write_gradients() the same for both tensors
 //   kForTeacher                whether there is such a one with for_teacher
@@ -671,8 +673,8 @@ __device__ __forceinline__ void finish(const Task& task, const KdLossArgs& args)
 //   write_loss(parameters, row, weight, index)
 //   store_stats(row, to)                         kStats numbers
 // and, if its numbers may want a second look at the row,
-//   is_peaked(row)                               whether they do
-//   sum_others<H>(...), set_log_ratio(row, sums) what to add up over the row, and what follows
+//   is_peaked(parameters, row)                   whether they do
+//   sum_growth<H>(...), set_shift(row, growth)   what to add up over the row, and what follows
 template <class L, bool with_stats>
 __device__ __forceinline__ void finish_row(const typename L::Parameters& parameters, const typename L::Row& row, float weight,
                                            int64_t index) {
@@ -728,9 +730,9 @@ __device__ __forceinline__ void write_gradients(const Parameters& parameters, co
 // A row of which L::is_peaked says that its classes must be seen once more: mends its numbers, and leaves them, or the
 // gradient. By all threads of the row. `kept`: its numbers as the team's leader has left them.
 template <class L, class H, bool wants_gradient>
-__device__ __forceinline__ void mend_row(const typename L::Parameters& parameters, const Task& task,
-                                         const typename L::Row& kept, typename L::Shared& shared) {
-  __shared__ float of_block[2];
+__device__ __noinline__ void mend_row(const typename L::Parameters& parameters, const Task& task, const typename L::Row& kept,
+                                      typename L::Shared& shared) {
+  __shared__ float of_block;
   const auto& args = parameters.args;
   const Plan& plan = task.plan;
   const Team team(plan);
@@ -741,22 +743,18 @@ __device__ __forceinline__ void mend_row(const typename L::Parameters& parameter
   const RowPointers at(args, index);
   const RowSpan span(H::width, at.student, args.student.dtype, at.teacher, args.teacher.dtype, args.classes);
   const Slice slice(team, plan, span, plan.slice());
-  float sums[2];
-  L::template sum_others<H>(parameters, span, slice, at, row, sums);
-  reduce<Sum>(team, sums, L::shared_sums(shared));
+  float growth[1] = {L::template sum_growth<H>(parameters, span, slice, at, row)};
+  reduce<Sum>(team, growth, L::shared_growth(shared));
   if (plan.cluster) {
     cluster_wait();
-    if (threadIdx.x == 0) of_block[0] = sums[0], of_block[1] = sums[1];
+    if (threadIdx.x == 0) of_block = growth[0];
     cluster_arrive();
     cluster_wait();
-    sums[0] = sums[1] = 0;
-    for (int i = 0; i < plan.slices; ++i) {
-      sums[0] += read_cluster(&of_block[0], i);
-      sums[1] += read_cluster(&of_block[1], i);
-    }
+    growth[0] = 0;
+    for (int i = 0; i < plan.slices; ++i) growth[0] += read_cluster(&of_block, i);
     cluster_arrive();
   }
-  L::set_log_ratio(row, sums);
+  L::set_shift(row, growth[0]);
   if constexpr (wants_gradient) {
     float numbers[L::kStats];
     L::store_stats(row, numbers);
@@ -777,9 +775,7 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
   constexpr int kNumbers = sizeof(Partial) / sizeof(float);
   __shared__ typename L::Shared shared;
   __shared__ Partial own;
-  // (Not the sixteen-bit gradient of kd_loss: it has no register left.)
-  constexpr bool kMends = requires(const Row& row) { L::is_peaked(row); } &&
-                          !(wants_gradient && H::packed && __is_same(typename L::Args, KdLossArgs));
+  constexpr bool kMends = requires(const Row& row) { L::is_peaked(parameters, row); };
   __shared__ Row kept[kMends ? kMostTeams : 1];  // one a team; the first, of a cluster's row
 
   const auto& args = parameters.args;
@@ -836,7 +832,7 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
       return;
     }
     bool peaked = false;
-    if constexpr (kMends) peaked = L::is_peaked(row);
+    if constexpr (kMends) peaked = L::is_peaked(parameters, row);
     if (peaked) {
       if constexpr (kMends)
         if (wants_gradient || args.row_stats != nullptr)
@@ -883,18 +879,16 @@ __global__ void __launch_bounds__(128)
     if (weight != 0) {
       const auto read = [&](int i) { return reinterpret_cast<const typename L::Partial*>(task.partials)[index * slices + i]; };
       row = L::merge(parameters, slices, read, -1, lane);
-      if constexpr (requires { L::is_peaked(row); }) {
-        if (args.row_stats != nullptr && L::is_peaked(row)) {
+      if constexpr (requires { L::is_peaked(parameters, row); }) {
+        if (args.row_stats != nullptr && L::is_peaked(parameters, row)) {
           Plan plan;
           plan.team = 32;
           const RowPointers at(args, index);
           const RowSpan span(HeldFloat::width, at.student, args.student.dtype, at.teacher, args.teacher.dtype, args.classes);
           plan.slice_vectors = span.vectors;
           const Team warp(plan);
-          float sums[2];
-          L::template sum_others<HeldFloat>(parameters, span, Slice(warp, plan, span, 0), at, row, sums);
-          for (float& sum : sums) sum = reduce_warp(sum, Sum());
-          L::set_log_ratio(row, sums);
+          const float growth = L::template sum_growth<HeldFloat>(parameters, span, Slice(warp, plan, span, 0), at, row);
+          L::set_shift(row, reduce_warp(growth, Sum()));
         }
       }
     }
@@ -1081,6 +1075,8 @@ void run_forward(const typename L::Args& caller, const Call& call, int stats, co
     typename L::Parameters parameters(args);
     void* arguments[] = {&parameters, &task};
     if (!apart) {
+      if (wants_gradient && vector_width(args.student.dtype, args.teacher.dtype) == HeldBF16::width)
+        plan.shared = unsigned(plan.threads * L::kShared);
       const void* kernel = wants_gradient ? KDFAST_HELD(KDFAST_FORWARD_GRADIENT, args) : KDFAST_HELD(KDFAST_FORWARD, args);
       if constexpr (L::kForTeacher)
         if (args.grad_teacher.data) kernel = KDFAST_HELD(KDFAST_FORWARD_GRADIENTS, args);
