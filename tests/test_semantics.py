@@ -354,7 +354,15 @@ def test_kd_loss_where_few_classes_have_all_the_mass(place: Where, dtype: torch.
     t[:, :3], s[:, :3] = torch.tensor([0.0, 0, -8]), torch.tensor([0.0, 0, -2000])
     t[1, 1] = s[1, 1] = -200
     t[2, 2], s[2, 2] = -14, -20000
-    check(place, "kd_loss", student=s.to(dtype), teacher=t.to(dtype), tau=1.0, alpha=alpha, target=torch.zeros(3, dtype=torch.int64))
+    check(
+        place,
+        "kd_loss",
+        student=s.to(dtype),
+        teacher=t.to(dtype),
+        tau=1.0,
+        alpha=alpha,
+        target=torch.zeros(3, dtype=torch.int64),
+    )
 
 
 @pytest.mark.contract("-inf on both sides is as if the class were not there")

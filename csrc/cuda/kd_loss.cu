@@ -155,10 +155,15 @@ struct KdLoss {
       return partial;
     }
 
+    __device__ __forceinline__ bool has_far(const Parameters& p, const Slice& slice, const Row& row) const {
+      if constexpr (requires { soft.has_far(p.soft, slice, row.soft); }) return soft.has_far(p.soft, slice, row.soft);
+      return false;
+    }
+
     __device__ __forceinline__ void write_gradient(const Parameters& p, const RowSpan& span, const Slice& slice, const Row& row,
                                                    const GradientRow& gradient, float soft_factor) const {
       const SoftExponential<H::packed> exponential(kLog2E, row.hard.stat[HardStat::s_max]);
-      const int64_t index = task->plan.row();
+      const int64_t index = task->plan.row_again();
       const Target target(p.args, index);
       HardGradient<float> hard(row.hard.stat, hard_factor(p.args, *task, index, p.args.weight.at(index, 1.f)), p.smoothing,
                                p.classes);

@@ -45,9 +45,10 @@ struct WidePhiSeries {  // 1.3e-7 relative
 constexpr uint32_t kTwoOrMore = 0x40000000u;  // set where |y| >= 2, and in infinity and NaN
 // From here on the KL, which is at least this less log S0, is as good in its plain form, and the stable one might overflow.
 constexpr float kPlainFrom = 20;
-// A row is peaked where its shift is below this times the mean. A gradient that is rounded to sixteen bits does not show what a
-// few more bits of cancellation do to it, and ordinary rows come that close to no shift less often.
-constexpr double kPeaked = 1. / 8, kPeakedOfSixteenBits = 1. / 64;
+// A row may be peaked where its shift is below this times the mean. Most such rows are ordinary ones, whose shift is near 0 by
+// chance: all their classes' x are above -kFar, and the gradient is no smaller, beside the mean, than 1 / kFar.
+constexpr double kPeaked = 1. / 8;
+constexpr float kFar = 8;
 constexpr double kMostRest = 64;  // e^rest is far from infinity
 
 __device__ __forceinline__ float or_zero(float top) { return top == -INFINITY ? 0.f : top; }
@@ -75,17 +76,18 @@ struct SoftExponential {
   }
 };
 
+extern __shared__ uint4 of_threads[];
+
 struct KlDivTau {
   using Args = KlDivTauArgs;
-  static constexpr int kHeld = 4, kHeldForward = 8, kShared = kHeld * sizeof(uint4), kBlocks = 1, kStats = KlStat::count;
+  static constexpr int kHeld = 4, kHeldForward = 8, kShared = (kHeld + 1) * sizeof(uint4), kBlocks = 1, kStats = KlStat::count;
   static constexpr bool kForTeacher = true;
 
   struct Parameters {
     KlDivTauArgs args;
     float ratio, inv_tau, student_log2, teacher_log2;  // tau / teacher_tau, 1 / tau, log2(e) / tau, log2(e) / teacher_tau
     float loss_scale, student_scale, teacher_scale;    // scale, scale / tau, scale / teacher_tau
-    float peaked;
-    bool equal, exact;  // temperatures; and differences, those of sixteen-bit logits
+    bool equal, exact;                                 // temperatures; and differences, those of sixteen-bit logits
 
     explicit Parameters(const KlDivTauArgs& args) : args(args) {
       constexpr double log2_e = 1.4426950408889634;
@@ -96,7 +98,6 @@ struct KlDivTau {
       loss_scale = float(args.scale);
       student_scale = float(args.scale / args.tau);
       teacher_scale = float(args.scale / args.teacher_tau);
-      peaked = float(size_of(args.student.dtype) == 2 ? kPeakedOfSixteenBits : kPeaked);
       equal = args.tau == args.teacher_tau;
       exact = equal && size_of(args.student.dtype) == 2 && size_of(args.teacher.dtype) == 2;
     }
@@ -175,7 +176,7 @@ struct KlDivTau {
     const References* kept;  // in shared memory: the gradient has use for every register
     // This thread's logits of the student too, where they are packed: after the first sums few rows ask for them.
     static constexpr bool kShares = wants_gradient && H::packed;
-    uint32_t shared_student;
+    unsigned shared_student;
     // For the gradient: w; and h, which is x first and then w (exp(x - mean) - 1) / PhiSeries::kUnit, if that `is_stable`. v,
     // in the slice's units, is v_rest times w exp(x - mean) then, and v_rest times what student_weight gives otherwise.
     // For both gradients h stays x.
@@ -192,13 +193,13 @@ struct KlDivTau {
       Reader<H>(student, p.args.student.dtype, span, slice, nothing<H>()).next(s, slice.count);
       Reader<H>(teacher, p.args.teacher.dtype, span, slice, nothing<H>()).next(t, slice.count);
       if constexpr (kShares) {
-        extern __shared__ uint4 of_threads[];
-        shared_student = uint32_t(__cvta_generic_to_shared(of_threads + threadIdx.x));
+        shared_student = threadIdx.x * unsigned(kShared / sizeof(uint4));  // an odd number, for the banks' sake
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
           if (v >= slice.count) break;
-          of_threads[v * blockDim.x + threadIdx.x] = {s[v].word[0], s[v].word[1], s[v].word[2], s[v].word[3]};
+          of_threads[shared_student + v] = {s[v].word[0], s[v].word[1], s[v].word[2], s[v].word[3]};
         }
+        asm volatile("" : "+r"(shared_student));  // not from the registers that they were stored from
       }
       Partial partial;
       find_references(team, slice, t, partial, shared);
@@ -225,12 +226,8 @@ struct KlDivTau {
     // The student's logits, after the first sums.
     __device__ __forceinline__ H student(int v) const {
       if constexpr (kShares) {
-        H held;
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(held.word[0]), "=r"(held.word[1]), "=r"(held.word[2]), "=r"(held.word[3])
-                     : "r"(shared_student + v * blockDim.x * uint32_t(sizeof(uint4)))
-                     : "memory");
-        return held;
+        const uint4 words = of_threads[shared_student + v];
+        return H{{words.x, words.y, words.z, words.w}};
       } else {
         return still_packed(s[v]);
       }
@@ -457,6 +454,26 @@ struct KlDivTau {
       return sums;
     }
 
+    // Whether an x is below -kFar among this thread's classes, or that is not known any more.
+    __device__ __forceinline__ bool has_far(const Parameters& p, const Slice& slice, const Row& row) const {
+      if constexpr (!wants_gradient) return true;
+      const float offset = for_teacher ? kept->x.from(Difference(p, row.stat)) * p.inv_tau : 0.f;
+      const float least = math::exp(row.apart - row.stat[KlStat::mean] - kFar);  // w e^(x - mean) is below w times this
+      bool far = !for_teacher && !is_stable;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        if (v >= slice.count) break;
+#pragma unroll
+        for (int i = 0; i < H::width; ++i) {
+          if constexpr (for_teacher)
+            far = far || fmaf(h[v][i], p.inv_tau, offset) < -kFar;
+          else
+            far = far || fmaf(h[v][i], PhiSeries::kUnit, w[v][i]) < w[v][i] * least;
+        }
+      }
+      return far;
+    }
+
     // mix(number of a vector, its gradient): what becomes of that before it is written
     template <class Mix = Nothing>
     __device__ __forceinline__ void write_gradient(const Parameters& p, const RowSpan& span, const Slice& slice, const Row& row,
@@ -590,7 +607,7 @@ struct KlDivTau {
   // as it is beside the mean. Where it is 1 or more, the classes that have the mass differ by as much, and nothing is lost.
   static __device__ __forceinline__ bool is_peaked(const Parameters& p, const Row& row) {
     const float shift = fabsf(row.stat[KlStat::shift]), rest = (row.stat[KlStat::s_max] - row.s_j) * p.inv_tau;
-    return shift < 1 && shift < p.peaked * fabsf(row.stat[KlStat::mean]) && rest < float(kMostRest);
+    return shift < 1 && shift < float(kPeaked) * fabsf(row.stat[KlStat::mean]) && rest < float(kMostRest);
   }
   // sum w (e^x - 1) over this thread's part of such a row: classes that are alike add nothing to it.
   template <class H>

@@ -43,6 +43,12 @@ struct Plan {
     if (slices > 1) return blockIdx.x / unsigned(slices);
     return teams == 1 ? int64_t(blockIdx.x) : int64_t(blockIdx.x) * teams + threadIdx.x / unsigned(team);
   }
+  // The same, and what follows from it, computed again rather than kept: registers are scarce.
+  __device__ __forceinline__ int64_t row_again() const {
+    int64_t index = row();
+    asm volatile("" : "+l"(index));
+    return index;
+  }
   __device__ __forceinline__ int slice() const { return slices > 1 ? int(blockIdx.x % unsigned(slices)) : 0; }
 };
 
@@ -497,6 +503,12 @@ struct Slice {
     count = int(unsigned(after) / unsigned(stride));
     whole = count > 0 && span.is_whole(first) && span.is_whole(vector(count - 1));
   }
+  // `whole`, found again rather than kept: registers are scarce.
+  __device__ __forceinline__ bool is_whole_again(const RowSpan& span) const {
+    int from = first;
+    asm volatile("" : "+r"(from));
+    return count > 0 && span.is_whole(from) && span.is_whole(from + (count - 1) * stride);
+  }
   __device__ __forceinline__ int vector(int step) const { return first + step * stride; }
 };
 
@@ -552,7 +564,7 @@ struct Writer : Cursor {
 
   __device__ __forceinline__ Writer(const GradientRow& gradient, const RowSpan& span, const Slice& slice)
       : Cursor(gradient.row, Held::packed ? 2 : size_of(gradient.dtype), Held::width, span, slice,
-               slice.whole && gradient.aligned),
+               gradient.aligned && slice.is_whole_again(span)),
         gradient(gradient) {}
   __device__ __forceinline__ void next(const float (&x)[Held::width]) {
     if (whole || (gradient.aligned && span.is_whole(vector)))
@@ -673,7 +685,8 @@ __device__ __forceinline__ void finish(const Task& task, const KdLossArgs& args)
 //   write_loss(parameters, row, weight, index)
 //   store_stats(row, to)                         kStats numbers
 // and, if its numbers may want a second look at the row,
-//   is_peaked(parameters, row)                   whether they do
+//   is_peaked(parameters, row)                   whether they may
+//   Held::has_far(parameters, slice, row)                    whether they do, for any of the row's threads
 //   sum_growth<H>(...), set_shift(row, growth)   what to add up over the row, and what follows
 template <class L, bool with_stats>
 __device__ __forceinline__ void finish_row(const typename L::Parameters& parameters, const typename L::Row& row, float weight,
@@ -727,6 +740,23 @@ __device__ __forceinline__ void write_gradients(const Parameters& parameters, co
   }
 }
 
+// Whether it is so for any of a row's threads. (Between an arrival at the cluster's barrier and the wait for it, as all that
+// follows.)
+__device__ __forceinline__ bool any_of_row(const Plan& plan, const Team& team, bool mine) {
+  __shared__ float of_block;
+  bool any = team.warps > 1 ? __syncthreads_or(mine) : __any_sync(team.mask, mine);
+  if (plan.cluster) {
+    cluster_wait();
+    if (threadIdx.x == 0) of_block = any;
+    cluster_arrive();
+    cluster_wait();
+    any = false;
+    for (int i = 0; i < plan.slices; ++i) any = read_cluster(&of_block, i) != 0 || any;
+    cluster_arrive();
+  }
+  return any;
+}
+
 // A row of which L::is_peaked says that its classes must be seen once more: mends its numbers, and leaves them, or the
 // gradient. By all threads of the row. `kept`: its numbers as the team's leader has left them.
 template <class L, class H, bool wants_gradient>
@@ -738,8 +768,7 @@ __device__ __noinline__ void mend_row(const typename L::Parameters& parameters, 
   const Team team(plan);
   team.warps > 1 ? __syncthreads() : __syncwarp(team.mask);
   typename L::Row row = kept;
-  int64_t index = plan.row();
-  asm volatile("" : "+l"(index));  // what follows from it is computed again rather than kept from before: registers are scarce
+  const int64_t index = plan.row_again();
   const RowPointers at(args, index);
   const RowSpan span(H::width, at.student, args.student.dtype, at.teacher, args.teacher.dtype, args.classes);
   const Slice slice(team, plan, span, plan.slice());
@@ -789,10 +818,8 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
     const RowPointers at(args, index);
     const RowSpan span(H::width, at.student, args.student.dtype, at.teacher, args.teacher.dtype, args.classes);
     const Slice slice(team, plan, span, slice_index);
-    const auto gradient_of = [&](const Gradient& gradient) { return GradientRow(gradient, index, span); };
-    const auto factor_of = [&] {  // reads the weight again rather than keep it: registers are scarce
-      return factor_of_row(args, task, index);
-    };
+    const auto gradient_of = [&](const Gradient& gradient) { return GradientRow(gradient, plan.row_again(), span); };
+    const auto factor_of = [&] { return factor_of_row(args, task, plan.row_again()); };
 
     typename L::template Held<H, wants_gradient, for_teacher> held;
     if constexpr (requires { held.begin_row(task); }) held.begin_row(task);
@@ -832,11 +859,11 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
       return;
     }
     bool peaked = false;
-    if constexpr (kMends) peaked = L::is_peaked(parameters, row);
+    if constexpr (kMends)
+      if ((wants_gradient || args.row_stats != nullptr) && L::is_peaked(parameters, row))
+        peaked = any_of_row(plan, team, held.has_far(parameters, slice, row));
     if (peaked) {
-      if constexpr (kMends)
-        if (wants_gradient || args.row_stats != nullptr)
-          mend_row<L, H, wants_gradient>(parameters, task, kept[team.slot()], shared);
+      if constexpr (kMends) mend_row<L, H, wants_gradient>(parameters, task, kept[team.slot()], shared);
     } else if constexpr (for_teacher) {
       if constexpr (kMends) {  // its numbers from shared memory, as they are wanted
         team.warps > 1 ? __syncthreads() : __syncwarp(team.mask);
@@ -868,7 +895,7 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
 
 // The rows' slices from the workspace, a warp a row.
 template <class L>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 4)
     merge_kernel(const __grid_constant__ typename L::Parameters parameters, const __grid_constant__ Task task, int slices) {
   const auto& args = parameters.args;
   const int64_t index = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
