@@ -155,8 +155,10 @@ struct KdLoss {
       return partial;
     }
 
-    __device__ __forceinline__ bool has_far(const Parameters& p, const Slice& slice, const Row& row) const {
-      if constexpr (requires { soft.has_far(p.soft, slice, row.soft); }) return soft.has_far(p.soft, slice, row.soft);
+    __device__ __forceinline__ bool has_far(const Parameters& p, const Slice& slice, const Shared& shared,
+                                            const Row& row) const {
+      if constexpr (requires { soft.has_far(p.soft, slice, shared.soft, row.soft); })
+        return soft.has_far(p.soft, slice, shared.soft, row.soft);
       return false;
     }
 
@@ -286,6 +288,12 @@ struct KdLoss {
     requires requires { Soft::is_peaked(p.soft, row.soft); }
   {
     return Soft::is_peaked(p.soft, row.soft);
+  }
+  static __device__ __forceinline__ bool is_peaked_and_far(const Parameters& p, const Row& row) {
+    return Soft::is_peaked_and_far(p.soft, row.soft);
+  }
+  static __device__ __forceinline__ void set_least(const Team& team, Partial& partial, Shared& shared) {
+    Soft::set_least(team, partial.soft, shared.soft);
   }
   template <class H>
   static __device__ __forceinline__ float sum_growth(const Parameters& p, const RowSpan& span, const Slice& slice,

@@ -140,10 +140,12 @@ struct KlDivTau {
   struct Partial : References {
     // mean: -inf where the loss is infinite; excess: sum w phi(x - mean), NaN where that is large
     float s0, mean, z, excess;
+    float least;  // Shared::least of the block, of slices that a kernel of their own merges
   };
   struct Row {
     float stat[KlStat::count];
     float kl, s_j;
+    float least;  // x, of slices that a kernel of their own merges
     // Of this block's slice: what brings its w and v to the row's scale, the row's mean less its own.
     float w_share, v_share, apart;
   };
@@ -152,6 +154,7 @@ struct KlDivTau {
     uint32_t largest_pair[kMostWarps][1];
     float largest[kMostWarps][2], size[kMostWarps][1], all_sums[kMostWarps][3], sums[kMostWarps][2], excess[kMostWarps][1];
     float growth[kMostWarps][1];
+    float least[kMostThreads];  // without a gradient: a thread's least x less the mean, 0 where all are near
     References references[kMostTeams];
   };
 
@@ -172,16 +175,31 @@ struct KlDivTau {
 
     H s[kVectors];
     Exponential<H::packed> weight;
-    float w_unit;
     const References* kept;  // in shared memory: the gradient has use for every register
     // This thread's logits of the student too, where they are packed: after the first sums few rows ask for them.
     static constexpr bool kShares = wants_gradient && H::packed;
     unsigned shared_student;
-    // For the gradient: w; and h, which is x first and then w (exp(x - mean) - 1) / PhiSeries::kUnit, if that `is_stable`. v,
-    // in the slice's units, is v_rest times w exp(x - mean) then, and v_rest times what student_weight gives otherwise.
-    // For both gradients h stays x.
-    float w[kKept + 1][H::width], h[kKept + 1][H::width], v_rest;
-    bool is_stable;
+    // For the gradient: w, in units of w_unit; and h, which is x first and then w (exp(x - mean) - 1) / PhiSeries::kUnit, if
+    // that `is_stable`. v, in the slice's units, is v_rest times w exp(x - mean) then, and v_rest times what student_weight
+    // gives otherwise. For both gradients h stays x.
+    float w[kKept + 1][H::width], h[kKept + 1][H::width];
+    struct End {
+      float w_unit, v_rest;
+      bool is_stable;
+    };
+    End held_end;  // beside the logits in shared memory, where these are there
+
+    __device__ __forceinline__ End end() const {
+      if constexpr (!kShares) return held_end;
+      const uint4 words = of_threads[shared_student + kVectors];
+      return {__uint_as_float(words.x), __uint_as_float(words.y), words.z != 0};
+    }
+    __device__ __forceinline__ void set_end(const End& end) {
+      if constexpr (kShares)
+        of_threads[shared_student + kVectors] = {__float_as_uint(end.w_unit), __float_as_uint(end.v_rest), end.is_stable, 0};
+      else
+        held_end = end;
+    }
 
     // beside(largest logit of the student): called where no more than the logits is held
     template <class GradientOf, class FactorOf, class Beside = Nothing>
@@ -205,7 +223,6 @@ struct KlDivTau {
       find_references(team, slice, t, partial, shared);
       beside(partial.s_max);
       weight = Exponential<H::packed>(p.teacher_log2, partial.t_max);
-      w_unit = weight.unit(partial.t_max);
       float size[1] = {0};
       if constexpr (!H::packed) {
         size[0] = fmaxf(finite_magnitude(slice, s), finite_magnitude(slice, t));
@@ -288,15 +305,20 @@ struct KlDivTau {
       const float scale = p.inv_tau / unit, rest_log2 = (partial.s_max - partial.s_j) * p.student_log2;
       const Exponential<H::packed> student_weight(p.student_log2, partial.s_max);
       const float v_scale = exp2_approx(rest_log2 + log2_of_units(student_weight, partial)) / unit;
-      const Sums mine = add_up<Series, H::packed, true>([&] { return student_weight; }, slice, t, partial.x, scale, 0, v_scale);
+      float& least = shared.least[threadIdx.x];
+      least = 0;
+      const Sums mine =
+          add_up<Series, H::packed, true>([&] { return student_weight; }, slice, t, partial.x, scale, 0, v_scale, &least);
       float sums[3] = {mine.w, mine.wy, mine.excess};
       cuda::reduce<Sum>(team, sums, shared.all_sums);
       const float inv = 1 / sums[0], y = sums[1] * inv, phi_mean = y * y * math::polynomial<Series>(y);
       const float centred = sums[2] * inv - phi_mean;
+      const float w_unit = weight.unit(partial.t_max);
       partial.s0 = sums[0] * w_unit;
       partial.mean = unit * y;
       partial.z = fmaf(unit, sums[1] + sums[2], sums[0]) * w_unit * exp2_approx(-rest_log2);
       partial.excess = exp2_approx(-kLog2E * partial.mean) * (unit * centred) * partial.s0;
+      least = fmaf(unit, least, -partial.mean);
       return rest_log2 < kLog2E * kPlainFrom && fabsf(y) < 2 && centred >= phi_mean / 8 && weight.log2 == p.teacher_log2 &&
              student_weight.log2 == p.student_log2;
     }
@@ -313,18 +335,23 @@ struct KlDivTau {
         if (team.warps == 1) __syncwarp(team.mask);
         static_cast<References&>(partial) = *kept;
       }
+      const float w_unit = weight.unit(partial.t_max);
       partial.s0 = sums[0] * w_unit;
       partial.mean = sums[1] / sums[0] * p.inv_tau;
       const float rest = (or_zero(partial.s_max) - partial.s_j) * p.inv_tau - partial.mean, rest_log2 = kLog2E * rest;
-      is_stable = rest < kPlainFrom;
+      const bool is_stable = rest < kPlainFrom;
       float last[1];
       if (is_stable) {
         const Exponential<H::packed> student_weight(p.student_log2, partial.s_max);
         const float v_scale = exp2_approx(rest_log2 + log2_of_units(student_weight, partial)) / unit;
         const auto again = [&] { return wants_gradient ? student_exponential(p) : student_weight; };
-        last[0] =
-            add_up<PhiSeries, false, false>(again, slice, t, partial.x, p.inv_tau / unit, partial.mean / unit, v_scale).excess;
+        if constexpr (!wants_gradient) shared.least[threadIdx.x] = 0;
+        last[0] = add_up<PhiSeries, false, false>(again, slice, t, partial.x, p.inv_tau / unit, partial.mean / unit, v_scale,
+                                                  &shared.least[threadIdx.x])
+                      .excess;
+        if constexpr (!wants_gradient) shared.least[threadIdx.x] *= unit;
       } else {
+        if constexpr (!wants_gradient) shared.least[threadIdx.x] = -INFINITY;  // not known
         last[0] = sum_student(Exponential<H::packed>(p.student_log2, partial.s_max), slice);
       }
       cuda::reduce<Sum>(team, last, shared.excess);
@@ -332,6 +359,7 @@ struct KlDivTau {
         asm volatile("" ::: "memory");  // not from the registers that they were read into before
         static_cast<References&>(partial) = *kept;
       }
+      float v_rest;
       if (is_stable) {
         partial.excess = last[0] * (w_unit * unit);
         const float back = exp2_approx(-rest_log2);
@@ -342,6 +370,7 @@ struct KlDivTau {
         v_rest = Exponential<H::packed>(p.student_log2, partial.s_max).unit(partial.s_max);
         partial.z = last[0] * v_rest;
       }
+      if constexpr (wants_gradient) set_end({w_unit, v_rest, is_stable});
     }
     // In terms of which v is, in a slice that holds its gradient: made again where it is wanted, which is rare.
     __device__ __forceinline__ Exponential<H::packed> student_exponential(const Parameters& p) const {
@@ -398,10 +427,11 @@ struct KlDivTau {
       float w = 0, wy = 0, excess = 0;
     };
     // Sums of w, w y and w phi(u) / unit over this thread's classes, where u = unit y, y = x scale - shift, and v times v_scale
-    // is w e^u / unit. For the gradient, takes w and x from where `sum` left them, and leaves h.
+    // is w e^u / unit. For the gradient, takes w and x from where `sum` left them, and leaves h; else lowers `least` to the
+    // least y of vectors that have one of 2 or more.
     template <class Series, bool exact, bool at_once, class StudentWeight>
     __device__ __forceinline__ Sums add_up(StudentWeight student_weight_of, const Slice& slice, const H (&t)[kVectors],
-                                           const Difference& x, float scale, float shift, float v_scale) {
+                                           const Difference& x, float scale, float shift, float v_scale, float* least) {
       Sums sums;
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
@@ -437,6 +467,7 @@ struct KlDivTau {
         } else {
           const Exponential<H::packed> student_weight = student_weight_of();
           if constexpr (kShares) logits = student(v);
+          float least_y = 0;
 #pragma unroll
           for (int i = 0; i < H::width; ++i) {
             const float wk = weight_of(i), far = fmaf(student_weight(logits[i]), v_scale, wk * (-1 / Series::kUnit));
@@ -447,19 +478,22 @@ struct KlDivTau {
             sums.w += wk;
             sums.wy += wy;
             sums.excess += is_near ? near : far - wy;
+            if constexpr (!wants_gradient) least_y = fminf(least_y, y[i]);
             if constexpr (wants_gradient && !for_teacher) h[v][i] = is_near ? near + wy : far;
           }
+          if constexpr (!wants_gradient) *least = fminf(*least, least_y);
         }
       }
       return sums;
     }
 
-    // Whether an x is below -kFar among this thread's classes, or that is not known any more.
-    __device__ __forceinline__ bool has_far(const Parameters& p, const Slice& slice, const Row& row) const {
-      if constexpr (!wants_gradient) return true;
+    // Whether an x, in the row's terms, is below -kFar among this thread's classes, or that is not known.
+    __device__ __forceinline__ bool has_far(const Parameters& p, const Slice& slice, const Shared& shared,
+                                            const Row& row) const {
+      if constexpr (!wants_gradient) return shared.least[threadIdx.x] < row.apart - row.stat[KlStat::mean] - kFar;
       const float offset = for_teacher ? kept->x.from(Difference(p, row.stat)) * p.inv_tau : 0.f;
       const float least = math::exp(row.apart - row.stat[KlStat::mean] - kFar);  // w e^(x - mean) is below w times this
-      bool far = !for_teacher && !is_stable;
+      bool far = !for_teacher && !end().is_stable;
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         if (v >= slice.count) break;
@@ -480,8 +514,9 @@ struct KlDivTau {
                                                    const GradientRow& gradient, float factor, Mix mix = {}) const {
       constexpr float unit = PhiSeries::kUnit;
       factor *= p.student_scale;
-      const float p_factor = factor * row.w_share * w_unit * row.stat[KlStat::inv_s0], shift = row.apart + row.kl;
-      const float q_factor = factor * row.v_share * v_rest * row.stat[KlStat::inv_z];
+      const End end = this->end();
+      const float p_factor = factor * row.w_share * end.w_unit * row.stat[KlStat::inv_s0], shift = row.apart + row.kl;
+      const float q_factor = factor * row.v_share * end.v_rest * row.stat[KlStat::inv_z];
       // q - p is p (exp(x - mean - shift) - 1), or q and p themselves; either, of a stable row, a multiple of h and one of w.
       float by_h = unit * q_factor, by_w = q_factor - p_factor;
       if (row.kl < float(math::kStableBelow) && fabsf(shift) < 1) {
@@ -493,7 +528,7 @@ struct KlDivTau {
       for (int v = 0; v < kVectors; ++v) {
         if (v >= slice.count) break;
         float g[H::width];
-        if (is_stable) {
+        if (end.is_stable) {
 #pragma unroll
           for (int i = 0; i < H::width; ++i) g[i] = fmaf(h[v][i], by_h, w[v][i] * by_w);
         } else {
@@ -514,7 +549,7 @@ struct KlDivTau {
       // (The slice's x is 0 elsewhere than the row's.)
       const float mean = row.stat[KlStat::mean] - kept->x.from(Difference(p, row.stat)) * p.inv_tau;
       {
-        const float factor = factor_of() * p.teacher_scale * row.w_share * w_unit * row.stat[KlStat::inv_s0];
+        const float factor = factor_of() * p.teacher_scale * row.w_share * end().w_unit * row.stat[KlStat::inv_s0];
         const GradientRow gradient = gradient_of(p.args.grad_teacher);
         Writer<H> write(gradient, span, slice);
 #pragma unroll
@@ -528,7 +563,8 @@ struct KlDivTau {
       }
       asm volatile("" ::: "memory");
       const Exponential<H::packed> student_weight = student_exponential(p);
-      const float factor = factor_of() * p.student_scale, p_factor = factor * row.w_share * w_unit * row.stat[KlStat::inv_s0],
+      const float factor = factor_of() * p.student_scale,
+                  p_factor = factor * row.w_share * end().w_unit * row.stat[KlStat::inv_s0],
                   q_factor = factor * row.v_share * student_weight.unit(kept->s_max) * row.stat[KlStat::inv_z];
       const float limit = math::near_limit(row.stat[KlStat::mean], row.stat[KlStat::shift]);
       const GradientRow gradient = gradient_of(p.args.grad_student);
@@ -608,6 +644,15 @@ struct KlDivTau {
   static __device__ __forceinline__ bool is_peaked(const Parameters& p, const Row& row) {
     const float shift = fabsf(row.stat[KlStat::shift]), rest = (row.stat[KlStat::s_max] - row.s_j) * p.inv_tau;
     return shift < 1 && shift < float(kPeaked) * fabsf(row.stat[KlStat::mean]) && rest < float(kMostRest);
+  }
+  // The same of merged slices, with what has_far says of one.
+  static __device__ __forceinline__ bool is_peaked_and_far(const Parameters& p, const Row& row) {
+    return is_peaked(p, row) && row.least < -kFar;
+  }
+  static __device__ __forceinline__ void set_least(const Team& team, Partial& partial, Shared& shared) {
+    float most[1] = {-shared.least[threadIdx.x]};
+    cuda::reduce<Max>(team, most, shared.growth);
+    partial.least = -most[0];
   }
   // sum w (e^x - 1) over this thread's part of such a row: classes that are alike add nothing to it.
   template <class H>
@@ -694,7 +739,14 @@ struct KlDivTau {
       row.excess = reduce_warp(excess, Sum());
     }
     Row result = row_of(p, row);
-    if (own >= 0) {
+    if (own < 0) {
+      float least = 0;
+      for (int i = lane; i < slices; i += 32) {
+        const Partial from = read(i);
+        least = fmaxf(least, -(from.least + merge.mean(from)));
+      }
+      result.least = -reduce_warp(least, Max());
+    } else {
       const Partial from = read(own);
       result.w_share = merge.w_share(from);
       result.v_share = merge.v_share(from);

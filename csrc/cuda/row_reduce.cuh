@@ -503,12 +503,6 @@ struct Slice {
     count = int(unsigned(after) / unsigned(stride));
     whole = count > 0 && span.is_whole(first) && span.is_whole(vector(count - 1));
   }
-  // `whole`, found again rather than kept: registers are scarce.
-  __device__ __forceinline__ bool is_whole_again(const RowSpan& span) const {
-    int from = first;
-    asm volatile("" : "+r"(from));
-    return count > 0 && span.is_whole(from) && span.is_whole(from + (count - 1) * stride);
-  }
   __device__ __forceinline__ int vector(int step) const { return first + step * stride; }
 };
 
@@ -564,7 +558,7 @@ struct Writer : Cursor {
 
   __device__ __forceinline__ Writer(const GradientRow& gradient, const RowSpan& span, const Slice& slice)
       : Cursor(gradient.row, Held::packed ? 2 : size_of(gradient.dtype), Held::width, span, slice,
-               gradient.aligned && slice.is_whole_again(span)),
+               slice.whole && gradient.aligned),
         gradient(gradient) {}
   __device__ __forceinline__ void next(const float (&x)[Held::width]) {
     if (whole || (gradient.aligned && span.is_whole(vector)))
@@ -686,7 +680,8 @@ __device__ __forceinline__ void finish(const Task& task, const KdLossArgs& args)
 //   store_stats(row, to)                         kStats numbers
 // and, if its numbers may want a second look at the row,
 //   is_peaked(parameters, row)                   whether they may
-//   Held::has_far(parameters, slice, row)                    whether they do, for any of the row's threads
+//   Held::has_far(parameters, slice, shared, row)    whether they do, for any of the row's threads
+//   set_least(team, partial, shared), is_peaked_and_far(parameters, row)    the same of slices that are merged later
 //   sum_growth<H>(...), set_shift(row, growth)   what to add up over the row, and what follows
 template <class L, bool with_stats>
 __device__ __forceinline__ void finish_row(const typename L::Parameters& parameters, const typename L::Row& row, float weight,
@@ -795,6 +790,9 @@ __device__ __noinline__ void mend_row(const typename L::Parameters& parameters, 
   }
 }
 
+template <class L>
+inline constexpr bool kHasParts = __is_same(typename L::Args, KdLossArgs);
+
 // Leaves statistics, or the student's gradient, or both gradients.
 template <class L, class H, bool wants_gradient, bool for_teacher = false>
 __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
@@ -818,12 +816,22 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
     const RowPointers at(args, index);
     const RowSpan span(H::width, at.student, args.student.dtype, at.teacher, args.teacher.dtype, args.classes);
     const Slice slice(team, plan, span, slice_index);
-    const auto gradient_of = [&](const Gradient& gradient) { return GradientRow(gradient, plan.row_again(), span); };
-    const auto factor_of = [&] { return factor_of_row(args, task, plan.row_again()); };
+    const auto index_again = [&] {
+      if constexpr (kHasParts<L>) return plan.row_again();
+      return index;
+    };
+    const auto leave = [&](const Row& row) {
+      const int64_t at = index_again();
+      finish_row<L, !wants_gradient>(parameters, row, kHasParts<L> ? args.weight.at(at, 1.f) : weight, at);
+    };
+    const auto gradient_of = [&](const Gradient& gradient) { return GradientRow(gradient, index_again(), span); };
+    const auto factor_of = [&] {  // reads the weight again rather than keep it: registers are scarce
+      return factor_of_row(args, task, index_again());
+    };
 
     typename L::template Held<H, wants_gradient, for_teacher> held;
     if constexpr (requires { held.begin_row(task); }) held.begin_row(task);
-    const Partial partial = held.reduce(parameters, team, span, slice, at.student, at.teacher, gradient_of, factor_of, shared);
+    Partial partial = held.reduce(parameters, team, span, slice, at.student, at.teacher, gradient_of, factor_of, shared);
     Row row;
     if (plan.slices == 1) {
       if constexpr (requires { L::row_of(parameters, partial, team, shared); })
@@ -832,7 +840,7 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
         row = L::row_of(parameters, partial);
       if (team.leads()) {
         if constexpr (kMends) kept[team.slot()] = row;
-        finish_row<L, !wants_gradient>(parameters, row, weight, index);
+        leave(row);
       }
     } else if (plan.cluster) {
       if (threadIdx.x == 0) own = partial;
@@ -848,20 +856,21 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
         const Row r = L::merge(parameters, plan.slices, read, slice_index, int(threadIdx.x));
         if (threadIdx.x == 0) {
           kept[0] = r;
-          if (slice_index == 0) finish_row<L, !wants_gradient>(parameters, r, weight, index);
+          if (slice_index == 0) leave(r);
         }
       }
       __syncthreads();
       cluster_arrive();  // this block has read the others' numbers; theirs must not leave before all have
       row = kept[0];
     } else {
+      if constexpr (kMends && !wants_gradient) L::set_least(team, partial, shared);
       if (threadIdx.x == 0) reinterpret_cast<Partial*>(task.partials)[blockIdx.x] = partial;
       return;
     }
     bool peaked = false;
     if constexpr (kMends)
       if ((wants_gradient || args.row_stats != nullptr) && L::is_peaked(parameters, row))
-        peaked = any_of_row(plan, team, held.has_far(parameters, slice, row));
+        peaked = any_of_row(plan, team, held.has_far(parameters, slice, shared, row));
     if (peaked) {
       if constexpr (kMends) mend_row<L, H, wants_gradient>(parameters, task, kept[team.slot()], shared);
     } else if constexpr (for_teacher) {
@@ -907,7 +916,7 @@ __global__ void __launch_bounds__(128, 4)
       const auto read = [&](int i) { return reinterpret_cast<const typename L::Partial*>(task.partials)[index * slices + i]; };
       row = L::merge(parameters, slices, read, -1, lane);
       if constexpr (requires { L::is_peaked(parameters, row); }) {
-        if (args.row_stats != nullptr && L::is_peaked(parameters, row)) {
+        if (args.row_stats != nullptr && L::is_peaked_and_far(parameters, row)) {
           Plan plan;
           plan.team = 32;
           const RowPointers at(args, index);
@@ -967,9 +976,6 @@ bool by_passes(const typename L::Args& args) {
 inline int vector_width(DType student, DType teacher) {
   return size_of(student) == 2 && student == teacher ? HeldBF16::width : HeldFloat::width;
 }
-
-template <class L>
-inline constexpr bool kHasParts = __is_same(typename L::Args, KdLossArgs);
 
 // What a kernel that reads a row once for each pass is given.
 template <class L, bool parts = kHasParts<L>>
