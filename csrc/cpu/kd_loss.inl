@@ -164,29 +164,18 @@ struct HardPart {
 template <class F>
 using KdSquare = Square<F, KdLossArgs>;
 
-// The pairs of types that KdLossArgs takes: of seven pairs with one double the code would be half as much again.
-template <class Loss, class S, class T, bool taken = (sizeof(S) == 8) == (sizeof(T) == 8)>
-struct Taken : Loss {};
-template <class Loss, class S, class T>
-struct Taken<Loss, S, T, false> {
-  struct None {
-    static void run(const KdLossArgs&, int64_t, int64_t) { abort(); }
-  };
-  using Forward = None;
-  using Backward = None;
-};
-template <class F, class S, class T>
-using KdLossKl = Taken<KlDivTau<KdLossArgs, HardPart, F, S, T>, S, T>;
-template <class F, class S, class T>
-using KdLossMse = Taken<LogitDifference<KdSquare, HardPart, F, S, T>, S, T>;
-template <class F, class S, class T>
-using KdLossKlForward = typename KdLossKl<F, S, T>::Forward;
-template <class F, class S, class T>
-using KdLossKlBackward = typename KdLossKl<F, S, T>::Backward;
-template <class F, class S, class T>
-using KdLossMseForward = typename KdLossMse<F, S, T>::Forward;
-template <class F, class S, class T>
-using KdLossMseBackward = typename KdLossMse<F, S, T>::Backward;
+template <class F, class S>
+using KdLossKl = KlDivTau<KdLossArgs, HardPart, F, S>;
+template <class F, class S>
+using KdLossMse = LogitDifference<KdSquare, HardPart, F, S>;
+template <class F, class S>
+using KdLossKlForward = typename KdLossKl<F, S>::Forward;
+template <class F, class S>
+using KdLossKlBackward = typename KdLossKl<F, S>::Backward;
+template <class F, class S>
+using KdLossMseForward = typename KdLossMse<F, S>::Forward;
+template <class F, class S>
+using KdLossMseBackward = typename KdLossMse<F, S>::Backward;
 
 void kd_loss_forward(const KdLossArgs& args, int64_t begin, int64_t end) {
   args.soft == Soft::kl ? with_types<KdLossKlForward>(args, begin, end) : with_types<KdLossMseForward>(args, begin, end);

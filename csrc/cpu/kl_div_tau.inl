@@ -25,18 +25,17 @@ struct KlTemperatures {
 };
 
 // One row: its logits and its KlStat numbers.
-template <class F, class V, class S, class T>
+template <class F, class V, class S>
 struct KlRow {
   static constexpr F inf = F(__builtin_inf()), ln_2 = F(0.693147180559945309), log2_e = F(1.44269504088896341);
   static constexpr F kNarrow = sizeof(F) == 4 ? 2 : -1;  // the range of WidePhiSeries
   static constexpr F kMostFolded = 4096;
   static constexpr F kMostRest = 64;  // e^rest is far from infinity
   static constexpr double ln_2_exactly = 0.693147180559945309;
-  static constexpr bool kSixteenBits = sizeof(S) == 2 && sizeof(T) == 2;
+  static constexpr bool kSixteenBits = sizeof(S) == 2;
 
   KlTemperatures<F> k;
-  const S* student = nullptr;
-  const T* teacher = nullptr;
+  const S *student = nullptr, *teacher = nullptr;
   int64_t classes = 0;
   F stat[KlStat::count] = {};
   F rest = 0;                           // of the plain form
@@ -55,7 +54,7 @@ struct KlRow {
   bool infinite = false;  // the student is at -inf where the teacher is not, be the mass there too small for a float
 
   KlRow() = default;
-  KlRow(const KlTemperatures<F>& temperatures, const S* s, const T* t, int64_t n)
+  KlRow(const KlTemperatures<F>& temperatures, const S* s, const S* t, int64_t n)
       : k(temperatures), student(s), teacher(t), classes(n) {}
 
   template <class Lanes>
@@ -175,7 +174,7 @@ struct KlRow {
   }
 
   // The pass for the maxima, and what follows from them. Fetches another row's teacher.
-  void find_reference(const T* next_teacher) {
+  void find_reference(const S* next_teacher) {
     V s_max = splat<V>(-inf), t_max = s_max, s_at_t_max = s_max, t_min = splat<V>(inf), d_max = s_max, d_min = t_min;
     // (What fills the last vector changes no extremum.)
     const F s_first = load<V>(student, First{1}, 0)[0], t_first = load<V>(teacher, First{1}, 0)[0];
@@ -227,8 +226,7 @@ struct KlRow {
 
   // A narrow row's weights, with its constants where no store can touch them.
   struct NarrowWeights {
-    const S* student;
-    const T* teacher;
+    const S *student, *teacher;
     F teacher_log2, inv_tau, t_max, folded_t_max, s_offset, t_offset, centre;
     bool shifted;
 
@@ -453,7 +451,7 @@ struct KlRow {
   // t) and weights.student(i, lanes, s) are w and v.
   template <bool for_teacher, class Weights, class Hard>
   void write_gradients(Weights weights, const Hard& hard, F student_factor, F teacher_factor,
-                       const GradientRow<S>& grad_student, const GradientRow<T>& grad_teacher) const {
+                       const GradientRow<S>& grad_student, const GradientRow<S>& grad_teacher) const {
     const F mean = stat[KlStat::mean], shift = stat[KlStat::shift], near_limit = math::near_limit(mean, shift);
     const F p_student = stat[KlStat::inv_s0] * student_factor, q_student = stat[KlStat::inv_z] * student_factor;
     const F p_teacher = stat[KlStat::inv_s0] * teacher_factor;
@@ -480,10 +478,10 @@ struct KlRow {
   }
 };
 
-template <class Args, template <class, class, class> class HardPart, class F, class S, class T>
+template <class Args, template <class, class, class> class HardPart, class F, class S>
 struct KlDivTau {
   using V = typename VecOf<F>::type;
-  using Row = KlRow<F, V, S, T>;
+  using Row = KlRow<F, V, S>;
   using Hard = HardPart<F, V, S>;
   static constexpr int kStats = KlStat::count + Hard::kStats;
 
@@ -538,7 +536,7 @@ struct KlDivTau {
   template <bool for_teacher, class Weights>
   static void gradients(const Args& args, int64_t r, F weight, const Row& row, Hard& hard, Weights weights) {
     const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
-    const GradientRow<T> grad_teacher(args.grad_teacher, args.rows, r, args.student.data);
+    const GradientRow<S> grad_teacher(args.grad_teacher, args.rows, r, args.teacher.data);
     if (weight == 0) {
       grad_student.zero(0);
       grad_teacher.zero(0);
@@ -630,19 +628,19 @@ struct KlDivTau {
           row.template sum_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
       };
       const auto read_again = [&](int64_t i) {  // a row that is not plain after all
-        rows[i] = Row(temperatures, row_of<S>(args.student, first + i), row_of<T>(args.teacher, first + i), classes);
+        rows[i] = Row(temperatures, row_of<S>(args.student, first + i), row_of<S>(args.teacher, first + i), classes);
         rows[i].find_reference(rows[i].teacher);
         find_sums(i);
         rows[i].finish_row();
       };
       for (int64_t i = 0; i < count; ++i) {
         const int64_t r = first + i;
-        rows[i] = Row(temperatures, row_of<S>(args.student, r), row_of<T>(args.teacher, r), classes);
+        rows[i] = Row(temperatures, row_of<S>(args.student, r), row_of<S>(args.teacher, r), classes);
         hard[i] = Hard(args, r, rows[i].student);
         weight[i] = args.weight.at(r, F(1));
         if (weight[i] == 0) continue;
         if constexpr (sizeof(F) == 4) rows[i].plain = may_be_plain && rows[i].guess_plain();
-        if (!rows[i].plain) rows[i].find_reference(row_of<T>(args.teacher, next(i)));
+        if (!rows[i].plain) rows[i].find_reference(row_of<S>(args.teacher, next(i)));
         if (for_teacher) rows[i].narrow = false;  // whose pass writes the student's alone
       }
       for (int64_t i = 0; i < count; ++i)
@@ -692,7 +690,7 @@ struct KlDivTau {
   static void backward(const Args& args, int64_t begin, int64_t end) {
     const KlTemperatures<F> temperatures(args);
     for (int64_t r = begin; r < end; ++r) {
-      Row row(temperatures, row_of<S>(args.student, r), row_of<T>(args.teacher, r), args.classes);
+      Row row(temperatures, row_of<S>(args.student, r), row_of<S>(args.teacher, r), args.classes);
       const F* stats = static_cast<const F*>(args.row_stats) + r * kStats;
       __builtin_memcpy(row.stat, stats, sizeof row.stat);
       Hard hard(args, r, row.student);
@@ -703,7 +701,7 @@ struct KlDivTau {
 
   struct Forward {
     static void run(const Args& args, int64_t begin, int64_t end) {
-      const int64_t bytes = args.classes * int64_t(sizeof(S) + sizeof(T) + kKeptRows * sizeof(F));
+      const int64_t bytes = args.classes * int64_t(2 * sizeof(S) + kKeptRows * sizeof(F));
       const bool keep = args.grad_student.data != nullptr && args.grad_teacher.data == nullptr && bytes <= kKeptBytes;
       keep ? forward<true>(args, begin, end) : forward<false>(args, begin, end);
     }
@@ -714,10 +712,10 @@ struct KlDivTau {
     }
   };
 };
-template <class F, class S, class T>
-using KlDivTauForward = typename KlDivTau<KlDivTauArgs, NoHardPart, F, S, T>::Forward;
-template <class F, class S, class T>
-using KlDivTauBackward = typename KlDivTau<KlDivTauArgs, NoHardPart, F, S, T>::Backward;
+template <class F, class S>
+using KlDivTauForward = typename KlDivTau<KlDivTauArgs, NoHardPart, F, S>::Forward;
+template <class F, class S>
+using KlDivTauBackward = typename KlDivTau<KlDivTauArgs, NoHardPart, F, S>::Backward;
 
 void kl_div_tau_forward(const KlDivTauArgs& args, int64_t begin, int64_t end) { with_types<KlDivTauForward>(args, begin, end); }
 void kl_div_tau_backward(const KlDivTauArgs& args, int64_t begin, int64_t end) {

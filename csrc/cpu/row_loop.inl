@@ -18,11 +18,11 @@ struct GradientRow {
   int64_t width = 0;
   bool streamed = false;
 
-  GradientRow(const Gradient& gradient, int64_t rows, int64_t row, const void* student) {
+  GradientRow(const Gradient& gradient, int64_t rows, int64_t row, const void* logits) {
     if (gradient.data == nullptr) return;
     data = static_cast<S*>(gradient.data) + gradient.rows.offset(row);
     width = gradient.width;
-    streamed = gradient.data != student && rows * width * int64_t(sizeof(S)) >= kStreamFromBytes;
+    streamed = gradient.data != logits && rows * width * int64_t(sizeof(S)) >= kStreamFromBytes;
   }
   explicit operator bool() const { return data != nullptr; }
 
@@ -109,55 +109,112 @@ struct ComputeTypeOf<double> {
 template <class S>
 using ComputeType = typename ComputeTypeOf<S>::type;
 
-// Calls Loss<F, S, T>::run(args, begin, end) with S and T the types in memory of student and teacher, F the type to compute in.
-template <class S, template <class, class, class> class Loss, class Args>
-void with_student(const Args& args, int64_t begin, int64_t end) {
-  switch (args.teacher.dtype) {
+// Calls body with a value of the type in memory.
+template <class Body>
+void with_type(DType dtype, Body body) {
+  switch (dtype) {
     case DType::f64:
-      return Loss<double, S, double>::run(args, begin, end);
+      return body(double{});
     case DType::f32:
-      return Loss<ComputeType<S>, S, float>::run(args, begin, end);
+      return body(float{});
     case DType::bf16:
-      return Loss<ComputeType<S>, S, BF16>::run(args, begin, end);
+      return body(BF16{});
     case DType::f16:
-      return Loss<ComputeType<S>, S, F16>::run(args, begin, end);
-  }
-}
-template <template <class, class, class> class Loss, class Args>
-void with_types(const Args& args, int64_t begin, int64_t end) {
-  const FlushSubnormals flush;
-  switch (args.student.dtype) {
-    case DType::f64:
-      return with_student<double, Loss>(args, begin, end);
-    case DType::f32:
-      return with_student<float, Loss>(args, begin, end);
-    case DType::bf16:
-      return with_student<BF16, Loss>(args, begin, end);
-    case DType::f16:
-      return with_student<F16, Loss>(args, begin, end);
+      return body(F16{});
   }
 }
 
-template <class F, class S>
-void scale_typed(void* out, const void* in, F factor, int64_t begin, int64_t end) {
+// One side of a pair of two dtypes: its logits converted to F a few rows at a time, in the place of the caller's, and its
+// gradient, which overwrites them there, converted back.
+template <class F>
+struct ConvertedSide {
   using V = typename VecOf<F>::type;
-  const S* from = static_cast<const S*>(in) + begin;
-  S* to = static_cast<S*>(out) + begin;
-  for_each_vector<V>(end - begin, 0,
-                     [&](int64_t i, auto lanes) { store(to + i, load<V>(from + i, lanes, 0) * factor, lanes); });
+  static constexpr int64_t kBytes = 16384;
+
+  Logits& logits;
+  Gradient& gradient;
+  const Logits from = logits;
+  const Gradient to = gradient;
+  const int64_t classes, stride = (classes + 15) / 16 * 16;
+  Scratch<F> scratch;
+
+  ConvertedSide(Logits& logits, Gradient& gradient, int64_t classes, int64_t rows)
+      : logits(logits), gradient(gradient), classes(classes), scratch(needed() ? rows * stride : 0) {
+    if (!needed()) return;
+    logits.rows = gradient.rows = {.dims = 1, .size = {rows}, .stride = {stride}};
+    gradient.width = classes;
+  }
+  bool needed() const { return from.dtype != (sizeof(F) == 8 ? DType::f64 : DType::f32); }
+  static int64_t rows_together(int64_t classes) { return classes * sizeof(F) < kBytes ? kBytes / (classes * sizeof(F)) : 1; }
+
+  void read(int64_t first, int64_t last, const Numbers& weight) {
+    if (!needed()) return;
+    F* const converted = scratch.data - first * stride;
+    logits.data = converted;
+    if (to.data != nullptr) gradient.data = converted;
+    with_type(from.dtype, [&](auto number) {
+      for (int64_t r = first; r < last; ++r) {
+        if (weight.at(r, F(1)) == 0) continue;
+        const auto* row = row_of<decltype(number)>(from, r);
+        F* const out = converted + r * stride;
+        for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) { store(out + i, load<V>(row + i, lanes, 0), lanes); });
+      }
+    });
+  }
+  void write(int64_t first, int64_t last, int64_t rows) const {
+    if (!needed() || to.data == nullptr) return;
+    with_type(to.dtype, [&](auto number) {
+      for (int64_t r = first; r < last; ++r) {
+        const GradientRow<decltype(number)> row(to, rows, r, from.data);
+        const F* in = scratch.data + (r - first) * stride;
+        for_each_vector<V>(classes, row.template head<V>(),
+                           [&](int64_t i, auto lanes) { row.put(i, load<V>(in + i, lanes, 0), lanes); });
+        row.zero(classes);
+      }
+    });
+  }
+};
+template <class F, class Args>
+void run_converted(Args args, int64_t begin, int64_t end, void (*run)(const Args&, int64_t, int64_t)) {
+  const int64_t together = ConvertedSide<F>::rows_together(args.classes);
+  ConvertedSide<F> student(args.student, args.grad_student, args.classes, together);
+  ConvertedSide<F> teacher(args.teacher, args.grad_teacher, args.classes, together);
+  for (int64_t first = begin; first < end; first += together) {
+    const int64_t last = first + together < end ? first + together : end;
+    student.read(first, last, args.weight);
+    teacher.read(first, last, args.weight);
+    run(args, first, last);
+    student.write(first, last, args.rows);
+    teacher.write(first, last, args.rows);
+  }
 }
+
+// Calls Loss<F, S>::run(args, begin, end) with S the type in memory of student and teacher, F the type to compute in. (Code of
+// its own for each of the sixteen pairs of types would take minutes to compile.)
+template <template <class, class> class Loss, class Args>
+void with_types(const Args& args, int64_t begin, int64_t end) {
+  const FlushSubnormals flush;
+  if (args.student.dtype == args.teacher.dtype)
+    with_type(args.student.dtype, [&](auto number) {
+      using S = decltype(number);
+      Loss<ComputeType<S>, S>::run(args, begin, end);
+    });
+  else if (args.student.dtype == DType::f64 || args.teacher.dtype == DType::f64)
+    run_converted<double>(args, begin, end, Loss<double, double>::run);
+  else
+    run_converted<float>(args, begin, end, Loss<float, float>::run);
+}
+
 void scale_gradient(void* out, const void* in, DType dtype, double factor, int64_t begin, int64_t end) {
   const FlushSubnormals flush;
-  switch (dtype) {
-    case DType::f64:
-      return scale_typed<double, double>(out, in, factor, begin, end);
-    case DType::f32:
-      return scale_typed<float, float>(out, in, float(factor), begin, end);
-    case DType::bf16:
-      return scale_typed<float, BF16>(out, in, float(factor), begin, end);
-    case DType::f16:
-      return scale_typed<float, F16>(out, in, float(factor), begin, end);
-  }
+  with_type(dtype, [&](auto number) {
+    using S = decltype(number);
+    using V = typename VecOf<ComputeType<S>>::type;
+    const S* from = static_cast<const S*>(in) + begin;
+    S* to = static_cast<S*>(out) + begin;
+    const auto by = ComputeType<S>(factor);
+    for_each_vector<V>(end - begin, 0, [&](int64_t i, auto lanes) { store(to + i, load<V>(from + i, lanes, 0) * by, lanes); });
+  });
 }
 
 }  // namespace
