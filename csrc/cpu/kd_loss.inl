@@ -20,7 +20,7 @@ struct HardPart {
     }
   };
 
-  const S* student = nullptr;
+  Pointer<const S> student{};
   int64_t classes = 0, target = 0;
   F smoothing = 0, loss = 0;
   F stat[HardStat::count] = {};
@@ -33,7 +33,7 @@ struct HardPart {
   F factor = 0, at_target = 0, elsewhere = 0;  // the gradient is e_k * factor - elsewhere, but at the target
 
   HardPart() = default;
-  HardPart(const KdLossArgs& args, int64_t r, const S* logits)
+  HardPart(const KdLossArgs& args, int64_t r, Pointer<const S> logits)
       : student(logits), classes(args.classes), target(args.target.at(r, int64_t(0))), smoothing(F(args.label_smoothing)) {
     counts = target != args.ignore_index;
     shares = counts && args.soft == Soft::kl && args.tau == 1;

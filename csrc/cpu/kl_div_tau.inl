@@ -35,7 +35,7 @@ struct KlRow {
   static constexpr bool kSixteenBits = sizeof(S) == 2;
 
   KlTemperatures<F> k;
-  const S *student = nullptr, *teacher = nullptr;
+  Pointer<const S> student{}, teacher{};
   int64_t classes = 0;
   F stat[KlStat::count] = {};
   F rest = 0;                           // of the plain form
@@ -54,7 +54,7 @@ struct KlRow {
   bool infinite = false;  // the student is at -inf where the teacher is not, be the mass there too small for a float
 
   KlRow() = default;
-  KlRow(const KlTemperatures<F>& temperatures, const S* s, const S* t, int64_t n)
+  KlRow(const KlTemperatures<F>& temperatures, Pointer<const S> s, Pointer<const S> t, int64_t n)
       : k(temperatures), student(s), teacher(t), classes(n) {}
 
   template <class Lanes>
@@ -122,7 +122,7 @@ struct KlRow {
 
   // sum_row of a plain row: leaves w and v. Sums w (s - t) in the place of w x, and the products that show how far p is from q.
   template <bool keep, class Hard>
-  void sum_plain_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, const S* next_student) {
+  __attribute__((noinline)) void sum_plain_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, Pointer<const S> next_student) {
     typename Hard::Sums hard_sums;
     const PlainPowers powers(*this);
     const typename Hard::PlainExponentials exponentials(hard, powers.student);
@@ -130,7 +130,7 @@ struct KlRow {
     Sum<V> sum_w, sum_wd, sum_v;
     V sum_ww{}, sum_wv{}, sum_vv{};
     const auto add = [&](int64_t i, auto lanes) {
-      __builtin_prefetch(next_student + i, 0, 2);
+      __builtin_prefetch(address(next_student + i), 0, 2);
       const V s = student_logits(i, lanes, 0), t = teacher_logits(i, lanes, 0);
       const V w = only(lanes, powers.teacher(t)), v = only(lanes, powers.student(s));
       sum_w += w;
@@ -174,12 +174,12 @@ struct KlRow {
   }
 
   // The pass for the maxima, and what follows from them. Fetches another row's teacher.
-  void find_reference(const S* next_teacher) {
+  __attribute__((noinline)) void find_reference(Pointer<const S> next_teacher) {
     V s_max = splat<V>(-inf), t_max = s_max, s_at_t_max = s_max, t_min = splat<V>(inf), d_max = s_max, d_min = t_min;
     // (What fills the last vector changes no extremum.)
     const F s_first = load<V>(student, First{1}, 0)[0], t_first = load<V>(teacher, First{1}, 0)[0];
     for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
-      __builtin_prefetch(next_teacher + i, 0, 2);
+      __builtin_prefetch(address(next_teacher + i), 0, 2);
       const V s = student_logits(i, lanes, s_first), t = teacher_logits(i, lanes, t_first), d = s - t;
       s_at_t_max = t > t_max ? s : s_at_t_max;
       t_max = vmax(t, t_max);
@@ -226,7 +226,7 @@ struct KlRow {
 
   // A narrow row's weights, with its constants where no store can touch them.
   struct NarrowWeights {
-    const S *student, *teacher;
+    Pointer<const S> student, teacher;
     F teacher_log2, inv_tau, t_max, folded_t_max, s_offset, t_offset, centre;
     bool shifted;
 
@@ -266,13 +266,13 @@ struct KlRow {
 
   // sum_row of a narrow row: leaves w and u.
   template <bool keep, class Hard>
-  void sum_narrow_row(F* kept_w, F* kept_u, F* kept_e, Hard& hard, const S* next_student) {
+  __attribute__((noinline)) void sum_narrow_row(F* kept_w, F* kept_u, F* kept_e, Hard& hard, Pointer<const S> next_student) {
     typename Hard::Sums hard_sums;
     const NarrowWeights weights(*this);
     const F exp_back = math::exp(-rest) * (1 - w_excess * ln_2);  // v = w e^x e^-rest
     Sum<V> sum_w, sum_wx, sum_w_phi;
     const auto add = [&](int64_t i, auto lanes) {
-      __builtin_prefetch(next_student + i, 0, 2);
+      __builtin_prefetch(address(next_student + i), 0, 2);
       V w, u, wx, w_phi;
       weights(i, lanes, w, u, wx, w_phi);
       sum_w += w;
@@ -295,12 +295,12 @@ struct KlRow {
   // The pass for the sums, the hard part's too. Leaves w, v and the hard part's exponentials in scratch rows where `keep`, and
   // fetches another row.
   template <bool keep, class Hard>
-  void sum_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, const S* next_student) {
+  __attribute__((noinline)) void sum_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, Pointer<const S> next_student) {
     typename Hard::Sums hard_sums;
     const F exp_rest = math::exp(rest);  // w e^x = v e^rest
     Sum<V> sum_w, sum_wx, sum_v, sum_w_phi;
     const auto add = [&](int64_t i, auto lanes) {
-      __builtin_prefetch(next_student + i, 0, 2);
+      __builtin_prefetch(address(next_student + i), 0, 2);
       const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
       const V w = teacher_weight(t), v = student_weight(s), difference_or_nan = difference(s, t);
       const V x = w == 0 ? V{} : difference_or_nan;  // 0 log 0
@@ -534,9 +534,9 @@ struct KlDivTau {
   };
 
   template <bool for_teacher, class Weights>
-  static void gradients(const Args& args, int64_t r, F weight, const Row& row, Hard& hard, Weights weights) {
+  __attribute__((noinline)) static void gradients(const Args& args, int64_t r, F weight, const Row& row, Hard& hard, Weights weights) {
     const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
-    const GradientRow<S> grad_teacher(args.grad_teacher, args.rows, r, args.teacher.data);
+    const GradientRow<S> grad_teacher(args.grad_teacher, args.rows, r, args.student.data);
     if (weight == 0) {
       grad_student.zero(0);
       grad_teacher.zero(0);
@@ -556,7 +556,7 @@ struct KlDivTau {
   }
 
   template <bool keep, class Weights>
-  static void narrow_gradient(const Args& args, int64_t r, F weight, const Row& row, Hard& hard, Weights weights,
+  __attribute__((noinline)) static void narrow_gradient(const Args& args, int64_t r, F weight, const Row& row, Hard& hard, Weights weights,
                               const F* kept_w, const F* kept_u) {
     const typename Row::NarrowWeights narrow(row);
     const auto each = [&](int64_t i, auto lanes, V& w, V& u) {
@@ -578,7 +578,7 @@ struct KlDivTau {
   }
 
   template <class Weights>
-  static void plain_gradient(const Args& args, int64_t r, F weight, const Row& row, Hard& hard, Weights weights) {
+  __attribute__((noinline)) static void plain_gradient(const Args& args, int64_t r, F weight, const Row& row, Hard& hard, Weights weights) {
     const F grad_row = args.grad_loss.at(r, F(1)) * weight;
     const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
     if constexpr (Hard::kStats > 0) {
@@ -618,7 +618,7 @@ struct KlDivTau {
       const auto next = [&](int64_t i) { return first + i + together < end ? first + i + together : first + i; };
       const auto find_sums = [&](int64_t i) {
         Row& row = rows[i];
-        const S* next_student = row_of<S>(args.student, next(i));
+        Pointer<const S> next_student = row_of<S>(args.student, next(i));
         if constexpr (sizeof(F) == 4)
           if (row.plain) return row.template sum_plain_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
         hard[i].start(row.stat[KlStat::s_max]);
@@ -701,7 +701,8 @@ struct KlDivTau {
 
   struct Forward {
     static void run(const Args& args, int64_t begin, int64_t end) {
-      const int64_t bytes = args.classes * int64_t(2 * sizeof(S) + kKeptRows * sizeof(F));
+      const int64_t logits = bytes_each(args.student.dtype) + bytes_each(args.teacher.dtype);
+      const int64_t bytes = args.classes * (logits + int64_t(kKeptRows * sizeof(F)));
       const bool keep = args.grad_student.data != nullptr && args.grad_teacher.data == nullptr && bytes <= kKeptBytes;
       keep ? forward<true>(args, begin, end) : forward<false>(args, begin, end);
     }

@@ -37,7 +37,7 @@ struct LogitDifference {
 
   // The row's mean difference, and the offset that one side's logits are read with (kl_math.h): the mean, then the mean of what
   // is left.
-  static void mean_difference(const S* student, const S* teacher, int64_t classes, F* stat) {
+  static void mean_difference(Pointer<const S> student, Pointer<const S> teacher, int64_t classes, F* stat) {
     F s_offset = 0, t_offset = 0, mean = 0, count = 0;
     for (int pass = 0; pass < 2; ++pass) {
       Sum<V> total;
@@ -81,7 +81,7 @@ struct LogitDifference {
   template <bool for_student, bool for_teacher>
   static F pass(const Args& args, int64_t r, F weight, const F* stat, Hard& hard, F* slopes = nullptr) {
     const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
-    const GradientRow<S> grad_teacher(args.grad_teacher, args.rows, r, args.teacher.data);
+    const GradientRow<S> grad_teacher(args.grad_teacher, args.rows, r, args.student.data);
     if (weight == 0) {
       grad_student.zero(0);
       grad_teacher.zero(0);
@@ -93,15 +93,14 @@ struct LogitDifference {
     if constexpr (Hard::kStats > 0 && (for_student || for_teacher)) {
       hard.scale(grad_row * F(args.hard_grad_scale));
       if (hard.alone) {
-        const F total = pass<false, false>(args, r, weight, stat, hard);  // before the logits may be overwritten
         hard.write_gradient(hard, grad_student);
         grad_teacher.zero(0);
-        return total;
+        return pass<false, false>(args, r, weight, stat, hard);
       }
     }
     const F mean = stat[MseStat::mean], s_offset = stat[MseStat::s_offset], t_offset = stat[MseStat::t_offset];
-    const S* student = row_of<S>(args.student, r);
-    const S* teacher = row_of<S>(args.teacher, r);
+    Pointer<const S> student = row_of<S>(args.student, r);
+    Pointer<const S> teacher = row_of<S>(args.teacher, r);
     const int64_t head =
         for_student && (!for_teacher || grad_student) ? grad_student.template head<V>() : grad_teacher.template head<V>();
     Sum<V> total, total_slope;
