@@ -73,21 +73,21 @@ struct HardPart {
       return degree == 2 ? squared : squared * squared;
     }
   };
-  // Adds a vector to the sums, and leaves its exponentials in a scratch row where `keep`. shared: those of the soft part, which
-  // at tau = 1 are the same.
-  template <bool keep, class Lanes>
+  // Adds a vector to the sums, and keeps its exponentials where there is a scratch row for them. shared: those of the soft
+  // part, which at tau = 1 are the same.
+  template <class Lanes>
   KDFAST_INLINE void add(Sums& sums, F* kept_e, int64_t i, Lanes lanes, V s, V shared) const {
-    if (counts) add_exponentials<keep>(sums, kept_e, i, lanes, s, shares ? shared : exponential(s));
+    if (counts) add_exponentials(sums, kept_e, i, lanes, s, shares ? shared : exponential(s));
   }
   // The same in a plain row. v: the student's powers.
-  template <bool keep, class Lanes>
+  template <class Lanes>
   KDFAST_INLINE void add_plain(const PlainExponentials& exponentials, Sums& sums, F* kept_e, int64_t i, Lanes lanes, V s,
                                V v) const {
-    if (counts) add_exponentials<keep>(sums, kept_e, i, lanes, s, only(lanes, exponentials(s, v)));
+    if (counts) add_exponentials(sums, kept_e, i, lanes, s, only(lanes, exponentials(s, v)));
   }
-  template <bool keep, class Lanes>
+  template <class Lanes>
   KDFAST_INLINE void add_exponentials(Sums& sums, F* kept_e, int64_t i, Lanes lanes, V s, V e) const {
-    if constexpr (keep) store(kept_e + i, e, lanes);
+    if (kept_e != nullptr) store(kept_e + i, e, lanes);
     if (holds_target(i)) {
       const auto at = target_lane(i);
       sums.target_s = largest(at ? s : splat<V>(-inf));
@@ -123,7 +123,7 @@ struct HardPart {
     Sums sums;
     const auto add_vector = [&](int64_t i, auto lanes) {
       const V s = load<V>(student + i, lanes, -inf);
-      add<false>(sums, nullptr, i, lanes, s, V{});
+      add(sums, nullptr, i, lanes, s, V{});
     };
     for_each_vector<V>(classes, 0, add_vector, sums);
     finish_row(sums);

@@ -120,8 +120,8 @@ struct KlRow {
     return far;
   }
 
-  // sum_row of a plain row: leaves w and v. Sums w (s - t) in the place of w x, and the products that show how far p is from q.
-  template <bool keep, class Hard>
+  // sum_row of a plain row: keeps w and v. Sums w (s - t) in the place of w x, and the products that show how far p is from q.
+  template <class Hard>
   __attribute__((noinline)) void sum_plain_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, Pointer<const S> next_student) {
     typename Hard::Sums hard_sums;
     const PlainPowers powers(*this);
@@ -139,11 +139,11 @@ struct KlRow {
       sum_ww += w * w;
       sum_wv += w * v;
       sum_vv += v * v;
-      if constexpr (keep) {
+      if (kept_w != nullptr) {
         store(kept_w + i, w, lanes);
         store(kept_v + i, v, lanes);
       }
-      if constexpr (Hard::kStats > 0) hard.template add_plain<keep>(exponentials, hard_sums, kept_e, i, lanes, s, v);
+      if constexpr (Hard::kStats > 0) hard.add_plain(exponentials, hard_sums, kept_e, i, lanes, s, v);
     };
     for_each_vector<V>(classes, 0, add, sum_w, sum_wd, sum_v, hard_sums);
     if constexpr (Hard::kStats > 0) hard.finish_row(hard_sums);
@@ -264,8 +264,8 @@ struct KlRow {
     }
   };
 
-  // sum_row of a narrow row: leaves w and u.
-  template <bool keep, class Hard>
+  // sum_row of a narrow row: keeps w and u.
+  template <class Hard>
   __attribute__((noinline)) void sum_narrow_row(F* kept_w, F* kept_u, F* kept_e, Hard& hard, Pointer<const S> next_student) {
     typename Hard::Sums hard_sums;
     const NarrowWeights weights(*this);
@@ -278,12 +278,11 @@ struct KlRow {
       sum_w += w;
       sum_wx += wx;
       sum_w_phi += w_phi;
-      if constexpr (keep) {
+      if (kept_w != nullptr) {
         store(kept_w + i, w, lanes);
         store(kept_u + i, u, lanes);
       }
-      if constexpr (Hard::kStats > 0)
-        hard.template add<keep>(hard_sums, kept_e, i, lanes, student_logits(i, lanes), (w + u) * exp_back);
+      if constexpr (Hard::kStats > 0) hard.add(hard_sums, kept_e, i, lanes, student_logits(i, lanes), (w + u) * exp_back);
     };
     for_each_vector<V>(classes, 0, add, sum_w, sum_wx, sum_w_phi, hard_sums);
     if constexpr (Hard::kStats > 0) hard.finish_row(hard_sums);
@@ -292,9 +291,9 @@ struct KlRow {
     excess = sum_w_phi.value();
   }
 
-  // The pass for the sums, the hard part's too. Leaves w, v and the hard part's exponentials in scratch rows where `keep`, and
-  // fetches another row.
-  template <bool keep, class Hard>
+  // The pass for the sums, the hard part's too. Keeps w, v and the hard part's exponentials where there are scratch rows for
+  // them, and fetches another row.
+  template <class Hard>
   __attribute__((noinline)) void sum_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, Pointer<const S> next_student) {
     typename Hard::Sums hard_sums;
     const F exp_rest = math::exp(rest);  // w e^x = v e^rest
@@ -310,11 +309,11 @@ struct KlRow {
       sum_v += v;
       // A class that the teacher masks has no w, but its v counts: its difference is not below 1, being infinite or NaN.
       sum_w_phi += difference_or_nan * difference_or_nan < 1 ? w * math::phi_series(x) : (v * exp_rest - w) - wx;
-      if constexpr (keep) {
+      if (kept_w != nullptr) {
         store(kept_w + i, w, lanes);
         store(kept_v + i, v, lanes);
       }
-      if constexpr (Hard::kStats > 0) hard.template add<keep>(hard_sums, kept_e, i, lanes, s, v);
+      if constexpr (Hard::kStats > 0) hard.add(hard_sums, kept_e, i, lanes, s, v);
     };
     for_each_vector<V>(classes, 0, add, sum_w, sum_wx, sum_v, sum_w_phi, hard_sums);
     if constexpr (Hard::kStats > 0) hard.finish_row(hard_sums);
@@ -486,6 +485,7 @@ struct KlDivTau {
   static constexpr int kStats = KlStat::count + Hard::kStats;
 
   struct Kept {
+    static constexpr bool kept = true;
     const F *w, *v, *e;
     template <class Lanes>
     KDFAST_INLINE V teacher(int64_t i, Lanes lanes, V) const {
@@ -501,6 +501,7 @@ struct KlDivTau {
     }
   };
   struct Recomputed {
+    static constexpr bool kept = false;
     const Row& row;
     template <class Lanes>
     KDFAST_INLINE V teacher(int64_t, Lanes, V t) const {
@@ -534,7 +535,8 @@ struct KlDivTau {
   };
 
   template <bool for_teacher, class Weights>
-  __attribute__((noinline)) static void gradients(const Args& args, int64_t r, F weight, const Row& row, Hard& hard, Weights weights) {
+  __attribute__((noinline)) static void gradients(const Args& args, int64_t r, F weight, const Row& row, Hard& hard,
+                                                  Weights weights) {
     const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
     const GradientRow<S> grad_teacher(args.grad_teacher, args.rows, r, args.student.data);
     if (weight == 0) {
@@ -555,14 +557,14 @@ struct KlDivTau {
                                               factor * F(args.scale / args.teacher_tau), grad_student, grad_teacher);
   }
 
-  template <bool keep, class Weights>
-  __attribute__((noinline)) static void narrow_gradient(const Args& args, int64_t r, F weight, const Row& row, Hard& hard, Weights weights,
-                              const F* kept_w, const F* kept_u) {
+  template <class Weights>
+  __attribute__((noinline)) static void narrow_gradient(const Args& args, int64_t r, F weight, const Row& row, Hard& hard,
+                                                        Weights weights) {
     const typename Row::NarrowWeights narrow(row);
     const auto each = [&](int64_t i, auto lanes, V& w, V& u) {
-      if constexpr (keep) {
-        w = load<V>(kept_w + i, lanes, 0);
-        u = load<V>(kept_u + i, lanes, 0);
+      if constexpr (Weights::kept) {
+        w = load<V>(weights.w + i, lanes, 0);
+        u = load<V>(weights.v + i, lanes, 0);
       } else {
         V wx, w_phi;
         narrow(i, lanes, w, u, wx, w_phi);
@@ -578,7 +580,8 @@ struct KlDivTau {
   }
 
   template <class Weights>
-  __attribute__((noinline)) static void plain_gradient(const Args& args, int64_t r, F weight, const Row& row, Hard& hard, Weights weights) {
+  __attribute__((noinline)) static void plain_gradient(const Args& args, int64_t r, F weight, const Row& row, Hard& hard,
+                                                       Weights weights) {
     const F grad_row = args.grad_loss.at(r, F(1)) * weight;
     const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
     if constexpr (Hard::kStats > 0) {
@@ -596,8 +599,7 @@ struct KlDivTau {
   static constexpr int64_t kKeptBytes = 3 << 19;
 
   // Writes the student's gradient too, where it is wanted; unless `keep`, the teacher's beside it.
-  template <bool keep>
-  static void forward(const Args& args, int64_t begin, int64_t end) {
+  static void forward(const Args& args, int64_t begin, int64_t end, bool keep) {
     const KlTemperatures<F> temperatures(args);
     const int64_t classes = args.classes, most = kTogetherClasses / classes;
     const int64_t together = most < 1 ? 1 : most > kTogether ? kTogether : most;
@@ -610,9 +612,10 @@ struct KlDivTau {
     F weight[kTogether];
     Row rows[kTogether];
     Hard hard[kTogether];
-    const auto kept_w = [&](int64_t i) { return scratch.data + kKeptRows * i * classes; };
-    const auto kept_v = [&](int64_t i) { return kept_w(i) + classes; };
-    const auto kept_e = [&](int64_t i) { return kept_w(i) + (kKeptRows - 1) * classes; };
+    const auto kept = [&](int64_t i, int which) { return keep ? scratch.data + (kKeptRows * i + which) * classes : nullptr; };
+    const auto kept_w = [&](int64_t i) { return kept(i, 0); };
+    const auto kept_v = [&](int64_t i) { return kept(i, 1); };
+    const auto kept_e = [&](int64_t i) { return kept(i, kKeptRows - 1); };
     for (int64_t first = begin; first < end; first += together) {
       const int64_t count = first + together < end ? together : end - first;
       const auto next = [&](int64_t i) { return first + i + together < end ? first + i + together : first + i; };
@@ -620,12 +623,12 @@ struct KlDivTau {
         Row& row = rows[i];
         Pointer<const S> next_student = row_of<S>(args.student, next(i));
         if constexpr (sizeof(F) == 4)
-          if (row.plain) return row.template sum_plain_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
+          if (row.plain) return row.sum_plain_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
         hard[i].start(row.stat[KlStat::s_max]);
         if (row.narrow)
-          row.template sum_narrow_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
+          row.sum_narrow_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
         else
-          row.template sum_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
+          row.sum_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
       };
       const auto read_again = [&](int64_t i) {  // a row that is not plain after all
         rows[i] = Row(temperatures, row_of<S>(args.student, first + i), row_of<S>(args.teacher, first + i), classes);
@@ -659,7 +662,7 @@ struct KlDivTau {
       }
       if (!args.grad_student.data) continue;
       const auto write_plain = [&](int64_t i) {
-        if constexpr (keep) {
+        if (keep) {
           plain_gradient(args, first + i, weight[i], rows[i], hard[i], Kept{kept_w(i), kept_v(i), kept_e(i)});
         } else if constexpr (sizeof(F) == 4) {
           const typename Row::PlainPowers powers(rows[i]);
@@ -668,17 +671,17 @@ struct KlDivTau {
         }
       };
       const auto write = [&](int64_t i, auto weights) {
-        if constexpr (!keep)
+        if constexpr (!decltype(weights)::kept)
           if (for_teacher) return gradients<true>(args, first + i, weight[i], rows[i], hard[i], weights);
         if (weight[i] != 0 && rows[i].narrow)
-          narrow_gradient<keep>(args, first + i, weight[i], rows[i], hard[i], weights, kept_w(i), kept_v(i));
+          narrow_gradient(args, first + i, weight[i], rows[i], hard[i], weights);
         else
           gradients<false>(args, first + i, weight[i], rows[i], hard[i], weights);
       };
       for (int64_t i = 0; i < count; ++i) {
         if (rows[i].plain)
           write_plain(i);
-        else if constexpr (keep)
+        else if (keep)
           write(i, Kept{kept_w(i), kept_v(i), kept_e(i)});
         else
           write(i, Recomputed{rows[i]});
@@ -704,7 +707,7 @@ struct KlDivTau {
       const int64_t logits = bytes_each(args.student.dtype) + bytes_each(args.teacher.dtype);
       const int64_t bytes = args.classes * (logits + int64_t(kKeptRows * sizeof(F)));
       const bool keep = args.grad_student.data != nullptr && args.grad_teacher.data == nullptr && bytes <= kKeptBytes;
-      keep ? forward<true>(args, begin, end) : forward<false>(args, begin, end);
+      forward(args, begin, end, keep);
     }
   };
   struct Backward {
