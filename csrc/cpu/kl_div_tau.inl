@@ -124,6 +124,7 @@ struct KlRow {
   template <class Hard>
   __attribute__((noinline)) void sum_plain_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, Pointer<const S> next_student) {
     typename Hard::Sums hard_sums;
+    const KlRow row(*this);  // where no store can touch it
     const PlainPowers powers(*this);
     const typename Hard::PlainExponentials exponentials(hard, powers.student);
     hard.start(stat[KlStat::s_max], exponentials.unit);
@@ -131,7 +132,7 @@ struct KlRow {
     V sum_ww{}, sum_wv{}, sum_vv{};
     const auto add = [&](int64_t i, auto lanes) {
       __builtin_prefetch(address(next_student + i), 0, 2);
-      const V s = student_logits(i, lanes, 0), t = teacher_logits(i, lanes, 0);
+      const V s = row.student_logits(i, lanes, 0), t = row.teacher_logits(i, lanes, 0);
       const V w = only(lanes, powers.teacher(t)), v = only(lanes, powers.student(s));
       sum_w += w;
       sum_wd += w * (s - t);
@@ -296,12 +297,13 @@ struct KlRow {
   template <class Hard>
   __attribute__((noinline)) void sum_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, Pointer<const S> next_student) {
     typename Hard::Sums hard_sums;
+    const KlRow row(*this);              // where no store can touch it
     const F exp_rest = math::exp(rest);  // w e^x = v e^rest
     Sum<V> sum_w, sum_wx, sum_v, sum_w_phi;
     const auto add = [&](int64_t i, auto lanes) {
       __builtin_prefetch(address(next_student + i), 0, 2);
-      const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
-      const V w = teacher_weight(t), v = student_weight(s), difference_or_nan = difference(s, t);
+      const V s = row.student_logits(i, lanes), t = row.teacher_logits(i, lanes);
+      const V w = row.teacher_weight(t), v = row.student_weight(s), difference_or_nan = row.difference(s, t);
       const V x = w == 0 ? V{} : difference_or_nan;  // 0 log 0
       const V wx = w * x;
       sum_w += w;
@@ -434,9 +436,10 @@ struct KlRow {
   // The pass for the student's gradient in a plain row.
   template <class Weights, class Hard>
   void write_plain_gradient(Weights weights, const Hard& hard, F factor, const GradientRow<S>& grad_student) const {
+    const KlRow row(*this);  // where no store can touch it
     const F p = factor / s0, q = factor / z;
     const auto write = [&](int64_t i, auto lanes) {
-      const V s = student_logits(i, lanes, 0), w = weights.teacher(i, lanes, teacher_logits(i, lanes, 0));
+      const V s = row.student_logits(i, lanes, 0), w = weights.teacher(i, lanes, row.teacher_logits(i, lanes, 0));
       V g = weights.student(i, lanes, s) * q - w * p;
       if constexpr (Hard::kStats > 0)
         if (hard.writes) g += hard.gradient(weights, i, lanes, s);
@@ -451,14 +454,15 @@ struct KlRow {
   template <bool for_teacher, class Weights, class Hard>
   void write_gradients(Weights weights, const Hard& hard, F student_factor, F teacher_factor,
                        const GradientRow<S>& grad_student, const GradientRow<S>& grad_teacher) const {
+    const KlRow row(*this);  // where no store can touch it
     const F mean = stat[KlStat::mean], shift = stat[KlStat::shift], near_limit = math::near_limit(mean, shift);
     const F p_student = stat[KlStat::inv_s0] * student_factor, q_student = stat[KlStat::inv_z] * student_factor;
     const F p_teacher = stat[KlStat::inv_s0] * teacher_factor;
     const bool for_student = !for_teacher || grad_student;
     const int64_t head = for_student ? grad_student.template head<V>() : grad_teacher.template head<V>();
     for_each_vector<V>(classes, head, [&](int64_t i, auto lanes) {
-      const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
-      const V w = weights.teacher(i, lanes, t), x = difference(s, t);
+      const V s = row.student_logits(i, lanes), t = row.teacher_logits(i, lanes);
+      const V w = weights.teacher(i, lanes, t), x = row.difference(s, t);
       if (for_student) {
         const V z = x - shift, p = w * p_student;
         const V near = p * math::expm1_series(z), far = weights.student(i, lanes, s) * q_student - p;
@@ -502,7 +506,7 @@ struct KlDivTau {
   };
   struct Recomputed {
     static constexpr bool kept = false;
-    const Row& row;
+    const Row row;
     template <class Lanes>
     KDFAST_INLINE V teacher(int64_t, Lanes, V t) const {
       return row.teacher_weight(t);
@@ -518,8 +522,8 @@ struct KlDivTau {
   };
 
   struct RecomputedPlain {
-    const typename Row::PlainPowers& powers;
-    const typename Hard::PlainExponentials& exponentials;
+    const typename Row::PlainPowers powers;
+    const typename Hard::PlainExponentials exponentials;
     template <class Lanes>
     KDFAST_INLINE V teacher(int64_t, Lanes lanes, V t) const {
       return only(lanes, powers.teacher(t));
