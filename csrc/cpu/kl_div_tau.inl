@@ -24,7 +24,8 @@ struct KlTemperatures {
   }
 };
 
-// One row: its logits and its KlStat numbers.
+// One row: its logits and its KlStat numbers. The passes over it are not inlined: one large function of them all would be no
+// faster and take the compiler longer.
 template <class F, class V, class S>
 struct KlRow {
   static constexpr F inf = F(__builtin_inf()), ln_2 = F(0.693147180559945309), log2_e = F(1.44269504088896341);
@@ -326,7 +327,11 @@ struct KlRow {
   }
 
   // The row's numbers from its sums.
-  void finish_row() { narrow ? finish_narrow_row() : finish_any_row(); }
+  void finish_row() {
+    if constexpr (sizeof(F) == 4)
+      if (narrow) return finish_narrow_row();
+    finish_any_row();
+  }
   // Always in the stable form, and without a call: e^-m is in the reach of the series.
   void finish_narrow_row() {
     const F inv_s0 = 1 / s0, mean = s1 * inv_s0, phi_mean = mean * mean * math::polynomial<math::WidePhiSeries>(mean);
@@ -626,13 +631,12 @@ struct KlDivTau {
       const auto find_sums = [&](int64_t i) {
         Row& row = rows[i];
         Pointer<const S> next_student = row_of<S>(args.student, next(i));
-        if constexpr (sizeof(F) == 4)
+        if constexpr (sizeof(F) == 4)  // (rows of doubles are neither plain nor narrow)
           if (row.plain) return row.sum_plain_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
         hard[i].start(row.stat[KlStat::s_max]);
-        if (row.narrow)
-          row.sum_narrow_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
-        else
-          row.sum_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
+        if constexpr (sizeof(F) == 4)
+          if (row.narrow) return row.sum_narrow_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
+        row.sum_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
       };
       const auto read_again = [&](int64_t i) {  // a row that is not plain after all
         rows[i] = Row(temperatures, row_of<S>(args.student, first + i), row_of<S>(args.teacher, first + i), classes);
@@ -666,9 +670,8 @@ struct KlDivTau {
       }
       if (!args.grad_student.data) continue;
       const auto write_plain = [&](int64_t i) {
-        if (keep) {
-          plain_gradient(args, first + i, weight[i], rows[i], hard[i], Kept{kept_w(i), kept_v(i), kept_e(i)});
-        } else if constexpr (sizeof(F) == 4) {
+        if constexpr (sizeof(F) == 4) {
+          if (keep) return plain_gradient(args, first + i, weight[i], rows[i], hard[i], Kept{kept_w(i), kept_v(i), kept_e(i)});
           const typename Row::PlainPowers powers(rows[i]);
           const typename Hard::PlainExponentials exponentials(hard[i], powers.student);
           plain_gradient(args, first + i, weight[i], rows[i], hard[i], RecomputedPlain{powers, exponentials});
@@ -677,10 +680,9 @@ struct KlDivTau {
       const auto write = [&](int64_t i, auto weights) {
         if constexpr (!decltype(weights)::kept)
           if (for_teacher) return gradients<true>(args, first + i, weight[i], rows[i], hard[i], weights);
-        if (weight[i] != 0 && rows[i].narrow)
-          narrow_gradient(args, first + i, weight[i], rows[i], hard[i], weights);
-        else
-          gradients<false>(args, first + i, weight[i], rows[i], hard[i], weights);
+        if constexpr (sizeof(F) == 4)
+          if (weight[i] != 0 && rows[i].narrow) return narrow_gradient(args, first + i, weight[i], rows[i], hard[i], weights);
+        gradients<false>(args, first + i, weight[i], rows[i], hard[i], weights);
       };
       for (int64_t i = 0; i < count; ++i) {
         if (rows[i].plain)
