@@ -20,7 +20,7 @@ struct HardPart {
     }
   };
 
-  const S* student = nullptr;
+  Pointer<const S> student{};
   int64_t classes = 0, target = 0;
   F smoothing = 0, loss = 0;
   F stat[HardStat::count] = {};
@@ -33,7 +33,7 @@ struct HardPart {
   F factor = 0, at_target = 0, elsewhere = 0;  // the gradient is e_k * factor - elsewhere, but at the target
 
   HardPart() = default;
-  HardPart(const KdLossArgs& args, int64_t r, const S* logits)
+  HardPart(const KdLossArgs& args, int64_t r, Pointer<const S> logits)
       : student(logits), classes(args.classes), target(args.target.at(r, int64_t(0))), smoothing(F(args.label_smoothing)) {
     counts = target != args.ignore_index;
     shares = counts && args.soft == Soft::kl && args.tau == 1;
@@ -73,21 +73,21 @@ struct HardPart {
       return degree == 2 ? squared : squared * squared;
     }
   };
-  // Adds a vector to the sums, and leaves its exponentials in a scratch row where `keep`. shared: those of the soft part, which
-  // at tau = 1 are the same.
-  template <bool keep, class Lanes>
+  // Adds a vector to the sums, and keeps its exponentials where there is a scratch row for them. shared: those of the soft
+  // part, which at tau = 1 are the same.
+  template <class Lanes>
   KDFAST_INLINE void add(Sums& sums, F* kept_e, int64_t i, Lanes lanes, V s, V shared) const {
-    if (counts) add_exponentials<keep>(sums, kept_e, i, lanes, s, shares ? shared : exponential(s));
+    if (counts) add_exponentials(sums, kept_e, i, lanes, s, shares ? shared : exponential(s));
   }
   // The same in a plain row. v: the student's powers.
-  template <bool keep, class Lanes>
+  template <class Lanes>
   KDFAST_INLINE void add_plain(const PlainExponentials& exponentials, Sums& sums, F* kept_e, int64_t i, Lanes lanes, V s,
                                V v) const {
-    if (counts) add_exponentials<keep>(sums, kept_e, i, lanes, s, only(lanes, exponentials(s, v)));
+    if (counts) add_exponentials(sums, kept_e, i, lanes, s, only(lanes, exponentials(s, v)));
   }
-  template <bool keep, class Lanes>
+  template <class Lanes>
   KDFAST_INLINE void add_exponentials(Sums& sums, F* kept_e, int64_t i, Lanes lanes, V s, V e) const {
-    if constexpr (keep) store(kept_e + i, e, lanes);
+    if (kept_e != nullptr) store(kept_e + i, e, lanes);
     if (holds_target(i)) {
       const auto at = target_lane(i);
       sums.target_s = largest(at ? s : splat<V>(-inf));
@@ -123,7 +123,7 @@ struct HardPart {
     Sums sums;
     const auto add_vector = [&](int64_t i, auto lanes) {
       const V s = load<V>(student + i, lanes, -inf);
-      add<false>(sums, nullptr, i, lanes, s, V{});
+      add(sums, nullptr, i, lanes, s, V{});
     };
     for_each_vector<V>(classes, 0, add_vector, sums);
     finish_row(sums);
@@ -164,29 +164,18 @@ struct HardPart {
 template <class F>
 using KdSquare = Square<F, KdLossArgs>;
 
-// The pairs of types that KdLossArgs takes: of seven pairs with one double the code would be half as much again.
-template <class Loss, class S, class T, bool taken = (sizeof(S) == 8) == (sizeof(T) == 8)>
-struct Taken : Loss {};
-template <class Loss, class S, class T>
-struct Taken<Loss, S, T, false> {
-  struct None {
-    static void run(const KdLossArgs&, int64_t, int64_t) { abort(); }
-  };
-  using Forward = None;
-  using Backward = None;
-};
-template <class F, class S, class T>
-using KdLossKl = Taken<KlDivTau<KdLossArgs, HardPart, F, S, T>, S, T>;
-template <class F, class S, class T>
-using KdLossMse = Taken<LogitDifference<KdSquare, HardPart, F, S, T>, S, T>;
-template <class F, class S, class T>
-using KdLossKlForward = typename KdLossKl<F, S, T>::Forward;
-template <class F, class S, class T>
-using KdLossKlBackward = typename KdLossKl<F, S, T>::Backward;
-template <class F, class S, class T>
-using KdLossMseForward = typename KdLossMse<F, S, T>::Forward;
-template <class F, class S, class T>
-using KdLossMseBackward = typename KdLossMse<F, S, T>::Backward;
+template <class F, class S>
+using KdLossKl = KlDivTau<KdLossArgs, HardPart, F, S>;
+template <class F, class S>
+using KdLossMse = LogitDifference<KdSquare, HardPart, F, S>;
+template <class F, class S>
+using KdLossKlForward = typename KdLossKl<F, S>::Forward;
+template <class F, class S>
+using KdLossKlBackward = typename KdLossKl<F, S>::Backward;
+template <class F, class S>
+using KdLossMseForward = typename KdLossMse<F, S>::Forward;
+template <class F, class S>
+using KdLossMseBackward = typename KdLossMse<F, S>::Backward;
 
 void kd_loss_forward(const KdLossArgs& args, int64_t begin, int64_t end) {
   args.soft == Soft::kl ? with_types<KdLossKlForward>(args, begin, end) : with_types<KdLossMseForward>(args, begin, end);

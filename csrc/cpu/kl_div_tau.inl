@@ -24,19 +24,19 @@ struct KlTemperatures {
   }
 };
 
-// One row: its logits and its KlStat numbers.
-template <class F, class V, class S, class T>
+// One row: its logits and its KlStat numbers. The passes over it are not inlined: one large function of them all would be no
+// faster and take the compiler longer.
+template <class F, class V, class S>
 struct KlRow {
   static constexpr F inf = F(__builtin_inf()), ln_2 = F(0.693147180559945309), log2_e = F(1.44269504088896341);
   static constexpr F kNarrow = sizeof(F) == 4 ? 2 : -1;  // the range of WidePhiSeries
   static constexpr F kMostFolded = 4096;
   static constexpr F kMostRest = 64;  // e^rest is far from infinity
   static constexpr double ln_2_exactly = 0.693147180559945309;
-  static constexpr bool kSixteenBits = sizeof(S) == 2 && sizeof(T) == 2;
+  static constexpr bool kSixteenBits = sizeof(S) == 2;
 
   KlTemperatures<F> k;
-  const S* student = nullptr;
-  const T* teacher = nullptr;
+  Pointer<const S> student{}, teacher{};
   int64_t classes = 0;
   F stat[KlStat::count] = {};
   F rest = 0;                           // of the plain form
@@ -55,7 +55,7 @@ struct KlRow {
   bool infinite = false;  // the student is at -inf where the teacher is not, be the mass there too small for a float
 
   KlRow() = default;
-  KlRow(const KlTemperatures<F>& temperatures, const S* s, const T* t, int64_t n)
+  KlRow(const KlTemperatures<F>& temperatures, Pointer<const S> s, Pointer<const S> t, int64_t n)
       : k(temperatures), student(s), teacher(t), classes(n) {}
 
   template <class Lanes>
@@ -121,18 +121,19 @@ struct KlRow {
     return far;
   }
 
-  // sum_row of a plain row: leaves w and v. Sums w (s - t) in the place of w x, and the products that show how far p is from q.
-  template <bool keep, class Hard>
-  void sum_plain_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, const S* next_student) {
+  // sum_row of a plain row: keeps w and v. Sums w (s - t) in the place of w x, and the products that show how far p is from q.
+  template <class Hard>
+  __attribute__((noinline)) void sum_plain_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, Pointer<const S> next_student) {
     typename Hard::Sums hard_sums;
+    const KlRow row(*this);  // where no store can touch it
     const PlainPowers powers(*this);
     const typename Hard::PlainExponentials exponentials(hard, powers.student);
     hard.start(stat[KlStat::s_max], exponentials.unit);
     Sum<V> sum_w, sum_wd, sum_v;
     V sum_ww{}, sum_wv{}, sum_vv{};
     const auto add = [&](int64_t i, auto lanes) {
-      __builtin_prefetch(next_student + i, 0, 2);
-      const V s = student_logits(i, lanes, 0), t = teacher_logits(i, lanes, 0);
+      __builtin_prefetch(address(next_student + i), 0, 2);
+      const V s = row.student_logits(i, lanes, 0), t = row.teacher_logits(i, lanes, 0);
       const V w = only(lanes, powers.teacher(t)), v = only(lanes, powers.student(s));
       sum_w += w;
       sum_wd += w * (s - t);
@@ -140,11 +141,11 @@ struct KlRow {
       sum_ww += w * w;
       sum_wv += w * v;
       sum_vv += v * v;
-      if constexpr (keep) {
+      if (kept_w != nullptr) {
         store(kept_w + i, w, lanes);
         store(kept_v + i, v, lanes);
       }
-      if constexpr (Hard::kStats > 0) hard.template add_plain<keep>(exponentials, hard_sums, kept_e, i, lanes, s, v);
+      if constexpr (Hard::kStats > 0) hard.add_plain(exponentials, hard_sums, kept_e, i, lanes, s, v);
     };
     for_each_vector<V>(classes, 0, add, sum_w, sum_wd, sum_v, hard_sums);
     if constexpr (Hard::kStats > 0) hard.finish_row(hard_sums);
@@ -175,12 +176,12 @@ struct KlRow {
   }
 
   // The pass for the maxima, and what follows from them. Fetches another row's teacher.
-  void find_reference(const T* next_teacher) {
+  __attribute__((noinline)) void find_reference(Pointer<const S> next_teacher) {
     V s_max = splat<V>(-inf), t_max = s_max, s_at_t_max = s_max, t_min = splat<V>(inf), d_max = s_max, d_min = t_min;
     // (What fills the last vector changes no extremum.)
     const F s_first = load<V>(student, First{1}, 0)[0], t_first = load<V>(teacher, First{1}, 0)[0];
     for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
-      __builtin_prefetch(next_teacher + i, 0, 2);
+      __builtin_prefetch(address(next_teacher + i), 0, 2);
       const V s = student_logits(i, lanes, s_first), t = teacher_logits(i, lanes, t_first), d = s - t;
       s_at_t_max = t > t_max ? s : s_at_t_max;
       t_max = vmax(t, t_max);
@@ -227,8 +228,7 @@ struct KlRow {
 
   // A narrow row's weights, with its constants where no store can touch them.
   struct NarrowWeights {
-    const S* student;
-    const T* teacher;
+    Pointer<const S> student, teacher;
     F teacher_log2, inv_tau, t_max, folded_t_max, s_offset, t_offset, centre;
     bool shifted;
 
@@ -266,26 +266,25 @@ struct KlRow {
     }
   };
 
-  // sum_row of a narrow row: leaves w and u.
-  template <bool keep, class Hard>
-  void sum_narrow_row(F* kept_w, F* kept_u, F* kept_e, Hard& hard, const S* next_student) {
+  // sum_row of a narrow row: keeps w and u.
+  template <class Hard>
+  __attribute__((noinline)) void sum_narrow_row(F* kept_w, F* kept_u, F* kept_e, Hard& hard, Pointer<const S> next_student) {
     typename Hard::Sums hard_sums;
     const NarrowWeights weights(*this);
     const F exp_back = math::exp(-rest) * (1 - w_excess * ln_2);  // v = w e^x e^-rest
     Sum<V> sum_w, sum_wx, sum_w_phi;
     const auto add = [&](int64_t i, auto lanes) {
-      __builtin_prefetch(next_student + i, 0, 2);
+      __builtin_prefetch(address(next_student + i), 0, 2);
       V w, u, wx, w_phi;
       weights(i, lanes, w, u, wx, w_phi);
       sum_w += w;
       sum_wx += wx;
       sum_w_phi += w_phi;
-      if constexpr (keep) {
+      if (kept_w != nullptr) {
         store(kept_w + i, w, lanes);
         store(kept_u + i, u, lanes);
       }
-      if constexpr (Hard::kStats > 0)
-        hard.template add<keep>(hard_sums, kept_e, i, lanes, student_logits(i, lanes), (w + u) * exp_back);
+      if constexpr (Hard::kStats > 0) hard.add(hard_sums, kept_e, i, lanes, student_logits(i, lanes), (w + u) * exp_back);
     };
     for_each_vector<V>(classes, 0, add, sum_w, sum_wx, sum_w_phi, hard_sums);
     if constexpr (Hard::kStats > 0) hard.finish_row(hard_sums);
@@ -294,17 +293,18 @@ struct KlRow {
     excess = sum_w_phi.value();
   }
 
-  // The pass for the sums, the hard part's too. Leaves w, v and the hard part's exponentials in scratch rows where `keep`, and
-  // fetches another row.
-  template <bool keep, class Hard>
-  void sum_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, const S* next_student) {
+  // The pass for the sums, the hard part's too. Keeps w, v and the hard part's exponentials where there are scratch rows for
+  // them, and fetches another row.
+  template <class Hard>
+  __attribute__((noinline)) void sum_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, Pointer<const S> next_student) {
     typename Hard::Sums hard_sums;
+    const KlRow row(*this);              // where no store can touch it
     const F exp_rest = math::exp(rest);  // w e^x = v e^rest
     Sum<V> sum_w, sum_wx, sum_v, sum_w_phi;
     const auto add = [&](int64_t i, auto lanes) {
-      __builtin_prefetch(next_student + i, 0, 2);
-      const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
-      const V w = teacher_weight(t), v = student_weight(s), difference_or_nan = difference(s, t);
+      __builtin_prefetch(address(next_student + i), 0, 2);
+      const V s = row.student_logits(i, lanes), t = row.teacher_logits(i, lanes);
+      const V w = row.teacher_weight(t), v = row.student_weight(s), difference_or_nan = row.difference(s, t);
       const V x = w == 0 ? V{} : difference_or_nan;  // 0 log 0
       const V wx = w * x;
       sum_w += w;
@@ -312,11 +312,11 @@ struct KlRow {
       sum_v += v;
       // A class that the teacher masks has no w, but its v counts: its difference is not below 1, being infinite or NaN.
       sum_w_phi += difference_or_nan * difference_or_nan < 1 ? w * math::phi_series(x) : (v * exp_rest - w) - wx;
-      if constexpr (keep) {
+      if (kept_w != nullptr) {
         store(kept_w + i, w, lanes);
         store(kept_v + i, v, lanes);
       }
-      if constexpr (Hard::kStats > 0) hard.template add<keep>(hard_sums, kept_e, i, lanes, s, v);
+      if constexpr (Hard::kStats > 0) hard.add(hard_sums, kept_e, i, lanes, s, v);
     };
     for_each_vector<V>(classes, 0, add, sum_w, sum_wx, sum_v, sum_w_phi, hard_sums);
     if constexpr (Hard::kStats > 0) hard.finish_row(hard_sums);
@@ -327,7 +327,11 @@ struct KlRow {
   }
 
   // The row's numbers from its sums.
-  void finish_row() { narrow ? finish_narrow_row() : finish_any_row(); }
+  void finish_row() {
+    if constexpr (sizeof(F) == 4)
+      if (narrow) return finish_narrow_row();
+    finish_any_row();
+  }
   // Always in the stable form, and without a call: e^-m is in the reach of the series.
   void finish_narrow_row() {
     const F inv_s0 = 1 / s0, mean = s1 * inv_s0, phi_mean = mean * mean * math::polynomial<math::WidePhiSeries>(mean);
@@ -437,9 +441,10 @@ struct KlRow {
   // The pass for the student's gradient in a plain row.
   template <class Weights, class Hard>
   void write_plain_gradient(Weights weights, const Hard& hard, F factor, const GradientRow<S>& grad_student) const {
+    const KlRow row(*this);  // where no store can touch it
     const F p = factor / s0, q = factor / z;
     const auto write = [&](int64_t i, auto lanes) {
-      const V s = student_logits(i, lanes, 0), w = weights.teacher(i, lanes, teacher_logits(i, lanes, 0));
+      const V s = row.student_logits(i, lanes, 0), w = weights.teacher(i, lanes, row.teacher_logits(i, lanes, 0));
       V g = weights.student(i, lanes, s) * q - w * p;
       if constexpr (Hard::kStats > 0)
         if (hard.writes) g += hard.gradient(weights, i, lanes, s);
@@ -453,15 +458,16 @@ struct KlRow {
   // t) and weights.student(i, lanes, s) are w and v.
   template <bool for_teacher, class Weights, class Hard>
   void write_gradients(Weights weights, const Hard& hard, F student_factor, F teacher_factor,
-                       const GradientRow<S>& grad_student, const GradientRow<T>& grad_teacher) const {
+                       const GradientRow<S>& grad_student, const GradientRow<S>& grad_teacher) const {
+    const KlRow row(*this);  // where no store can touch it
     const F mean = stat[KlStat::mean], shift = stat[KlStat::shift], near_limit = math::near_limit(mean, shift);
     const F p_student = stat[KlStat::inv_s0] * student_factor, q_student = stat[KlStat::inv_z] * student_factor;
     const F p_teacher = stat[KlStat::inv_s0] * teacher_factor;
     const bool for_student = !for_teacher || grad_student;
     const int64_t head = for_student ? grad_student.template head<V>() : grad_teacher.template head<V>();
     for_each_vector<V>(classes, head, [&](int64_t i, auto lanes) {
-      const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
-      const V w = weights.teacher(i, lanes, t), x = difference(s, t);
+      const V s = row.student_logits(i, lanes), t = row.teacher_logits(i, lanes);
+      const V w = weights.teacher(i, lanes, t), x = row.difference(s, t);
       if (for_student) {
         const V z = x - shift, p = w * p_student;
         const V near = p * math::expm1_series(z), far = weights.student(i, lanes, s) * q_student - p;
@@ -480,14 +486,15 @@ struct KlRow {
   }
 };
 
-template <class Args, template <class, class, class> class HardPart, class F, class S, class T>
+template <class Args, template <class, class, class> class HardPart, class F, class S>
 struct KlDivTau {
   using V = typename VecOf<F>::type;
-  using Row = KlRow<F, V, S, T>;
+  using Row = KlRow<F, V, S>;
   using Hard = HardPart<F, V, S>;
   static constexpr int kStats = KlStat::count + Hard::kStats;
 
   struct Kept {
+    static constexpr bool kept = true;
     const F *w, *v, *e;
     template <class Lanes>
     KDFAST_INLINE V teacher(int64_t i, Lanes lanes, V) const {
@@ -503,7 +510,8 @@ struct KlDivTau {
     }
   };
   struct Recomputed {
-    const Row& row;
+    static constexpr bool kept = false;
+    const Row row;
     template <class Lanes>
     KDFAST_INLINE V teacher(int64_t, Lanes, V t) const {
       return row.teacher_weight(t);
@@ -519,8 +527,8 @@ struct KlDivTau {
   };
 
   struct RecomputedPlain {
-    const typename Row::PlainPowers& powers;
-    const typename Hard::PlainExponentials& exponentials;
+    const typename Row::PlainPowers powers;
+    const typename Hard::PlainExponentials exponentials;
     template <class Lanes>
     KDFAST_INLINE V teacher(int64_t, Lanes lanes, V t) const {
       return only(lanes, powers.teacher(t));
@@ -536,9 +544,10 @@ struct KlDivTau {
   };
 
   template <bool for_teacher, class Weights>
-  static void gradients(const Args& args, int64_t r, F weight, const Row& row, Hard& hard, Weights weights) {
+  __attribute__((noinline)) static void gradients(const Args& args, int64_t r, F weight, const Row& row, Hard& hard,
+                                                  Weights weights) {
     const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
-    const GradientRow<T> grad_teacher(args.grad_teacher, args.rows, r, args.student.data);
+    const GradientRow<S> grad_teacher(args.grad_teacher, args.rows, r, args.student.data);
     if (weight == 0) {
       grad_student.zero(0);
       grad_teacher.zero(0);
@@ -557,14 +566,14 @@ struct KlDivTau {
                                               factor * F(args.scale / args.teacher_tau), grad_student, grad_teacher);
   }
 
-  template <bool keep, class Weights>
-  static void narrow_gradient(const Args& args, int64_t r, F weight, const Row& row, Hard& hard, Weights weights,
-                              const F* kept_w, const F* kept_u) {
+  template <class Weights>
+  __attribute__((noinline)) static void narrow_gradient(const Args& args, int64_t r, F weight, const Row& row, Hard& hard,
+                                                        Weights weights) {
     const typename Row::NarrowWeights narrow(row);
     const auto each = [&](int64_t i, auto lanes, V& w, V& u) {
-      if constexpr (keep) {
-        w = load<V>(kept_w + i, lanes, 0);
-        u = load<V>(kept_u + i, lanes, 0);
+      if constexpr (Weights::kept) {
+        w = load<V>(weights.w + i, lanes, 0);
+        u = load<V>(weights.v + i, lanes, 0);
       } else {
         V wx, w_phi;
         narrow(i, lanes, w, u, wx, w_phi);
@@ -580,7 +589,8 @@ struct KlDivTau {
   }
 
   template <class Weights>
-  static void plain_gradient(const Args& args, int64_t r, F weight, const Row& row, Hard& hard, Weights weights) {
+  __attribute__((noinline)) static void plain_gradient(const Args& args, int64_t r, F weight, const Row& row, Hard& hard,
+                                                       Weights weights) {
     const F grad_row = args.grad_loss.at(r, F(1)) * weight;
     const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
     if constexpr (Hard::kStats > 0) {
@@ -598,8 +608,7 @@ struct KlDivTau {
   static constexpr int64_t kKeptBytes = 3 << 19;
 
   // Writes the student's gradient too, where it is wanted; unless `keep`, the teacher's beside it.
-  template <bool keep>
-  static void forward(const Args& args, int64_t begin, int64_t end) {
+  static void forward(const Args& args, int64_t begin, int64_t end, bool keep) {
     const KlTemperatures<F> temperatures(args);
     const int64_t classes = args.classes, most = kTogetherClasses / classes;
     const int64_t together = most < 1 ? 1 : most > kTogether ? kTogether : most;
@@ -612,37 +621,37 @@ struct KlDivTau {
     F weight[kTogether];
     Row rows[kTogether];
     Hard hard[kTogether];
-    const auto kept_w = [&](int64_t i) { return scratch.data + kKeptRows * i * classes; };
-    const auto kept_v = [&](int64_t i) { return kept_w(i) + classes; };
-    const auto kept_e = [&](int64_t i) { return kept_w(i) + (kKeptRows - 1) * classes; };
+    const auto kept = [&](int64_t i, int which) { return keep ? scratch.data + (kKeptRows * i + which) * classes : nullptr; };
+    const auto kept_w = [&](int64_t i) { return kept(i, 0); };
+    const auto kept_v = [&](int64_t i) { return kept(i, 1); };
+    const auto kept_e = [&](int64_t i) { return kept(i, kKeptRows - 1); };
     for (int64_t first = begin; first < end; first += together) {
       const int64_t count = first + together < end ? together : end - first;
       const auto next = [&](int64_t i) { return first + i + together < end ? first + i + together : first + i; };
       const auto find_sums = [&](int64_t i) {
         Row& row = rows[i];
-        const S* next_student = row_of<S>(args.student, next(i));
-        if constexpr (sizeof(F) == 4)
-          if (row.plain) return row.template sum_plain_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
+        Pointer<const S> next_student = row_of<S>(args.student, next(i));
+        if constexpr (sizeof(F) == 4)  // (rows of doubles are neither plain nor narrow)
+          if (row.plain) return row.sum_plain_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
         hard[i].start(row.stat[KlStat::s_max]);
-        if (row.narrow)
-          row.template sum_narrow_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
-        else
-          row.template sum_row<keep>(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
+        if constexpr (sizeof(F) == 4)
+          if (row.narrow) return row.sum_narrow_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
+        row.sum_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
       };
       const auto read_again = [&](int64_t i) {  // a row that is not plain after all
-        rows[i] = Row(temperatures, row_of<S>(args.student, first + i), row_of<T>(args.teacher, first + i), classes);
+        rows[i] = Row(temperatures, row_of<S>(args.student, first + i), row_of<S>(args.teacher, first + i), classes);
         rows[i].find_reference(rows[i].teacher);
         find_sums(i);
         rows[i].finish_row();
       };
       for (int64_t i = 0; i < count; ++i) {
         const int64_t r = first + i;
-        rows[i] = Row(temperatures, row_of<S>(args.student, r), row_of<T>(args.teacher, r), classes);
+        rows[i] = Row(temperatures, row_of<S>(args.student, r), row_of<S>(args.teacher, r), classes);
         hard[i] = Hard(args, r, rows[i].student);
         weight[i] = args.weight.at(r, F(1));
         if (weight[i] == 0) continue;
         if constexpr (sizeof(F) == 4) rows[i].plain = may_be_plain && rows[i].guess_plain();
-        if (!rows[i].plain) rows[i].find_reference(row_of<T>(args.teacher, next(i)));
+        if (!rows[i].plain) rows[i].find_reference(row_of<S>(args.teacher, next(i)));
         if (for_teacher) rows[i].narrow = false;  // whose pass writes the student's alone
       }
       for (int64_t i = 0; i < count; ++i)
@@ -661,26 +670,24 @@ struct KlDivTau {
       }
       if (!args.grad_student.data) continue;
       const auto write_plain = [&](int64_t i) {
-        if constexpr (keep) {
-          plain_gradient(args, first + i, weight[i], rows[i], hard[i], Kept{kept_w(i), kept_v(i), kept_e(i)});
-        } else if constexpr (sizeof(F) == 4) {
+        if constexpr (sizeof(F) == 4) {
+          if (keep) return plain_gradient(args, first + i, weight[i], rows[i], hard[i], Kept{kept_w(i), kept_v(i), kept_e(i)});
           const typename Row::PlainPowers powers(rows[i]);
           const typename Hard::PlainExponentials exponentials(hard[i], powers.student);
           plain_gradient(args, first + i, weight[i], rows[i], hard[i], RecomputedPlain{powers, exponentials});
         }
       };
       const auto write = [&](int64_t i, auto weights) {
-        if constexpr (!keep)
+        if constexpr (!decltype(weights)::kept)
           if (for_teacher) return gradients<true>(args, first + i, weight[i], rows[i], hard[i], weights);
-        if (weight[i] != 0 && rows[i].narrow)
-          narrow_gradient<keep>(args, first + i, weight[i], rows[i], hard[i], weights, kept_w(i), kept_v(i));
-        else
-          gradients<false>(args, first + i, weight[i], rows[i], hard[i], weights);
+        if constexpr (sizeof(F) == 4)
+          if (weight[i] != 0 && rows[i].narrow) return narrow_gradient(args, first + i, weight[i], rows[i], hard[i], weights);
+        gradients<false>(args, first + i, weight[i], rows[i], hard[i], weights);
       };
       for (int64_t i = 0; i < count; ++i) {
         if (rows[i].plain)
           write_plain(i);
-        else if constexpr (keep)
+        else if (keep)
           write(i, Kept{kept_w(i), kept_v(i), kept_e(i)});
         else
           write(i, Recomputed{rows[i]});
@@ -692,7 +699,7 @@ struct KlDivTau {
   static void backward(const Args& args, int64_t begin, int64_t end) {
     const KlTemperatures<F> temperatures(args);
     for (int64_t r = begin; r < end; ++r) {
-      Row row(temperatures, row_of<S>(args.student, r), row_of<T>(args.teacher, r), args.classes);
+      Row row(temperatures, row_of<S>(args.student, r), row_of<S>(args.teacher, r), args.classes);
       const F* stats = static_cast<const F*>(args.row_stats) + r * kStats;
       __builtin_memcpy(row.stat, stats, sizeof row.stat);
       Hard hard(args, r, row.student);
@@ -703,9 +710,10 @@ struct KlDivTau {
 
   struct Forward {
     static void run(const Args& args, int64_t begin, int64_t end) {
-      const int64_t bytes = args.classes * int64_t(sizeof(S) + sizeof(T) + kKeptRows * sizeof(F));
+      const int64_t logits = bytes_each(args.student.dtype) + bytes_each(args.teacher.dtype);
+      const int64_t bytes = args.classes * (logits + int64_t(kKeptRows * sizeof(F)));
       const bool keep = args.grad_student.data != nullptr && args.grad_teacher.data == nullptr && bytes <= kKeptBytes;
-      keep ? forward<true>(args, begin, end) : forward<false>(args, begin, end);
+      forward(args, begin, end, keep);
     }
   };
   struct Backward {
@@ -714,10 +722,10 @@ struct KlDivTau {
     }
   };
 };
-template <class F, class S, class T>
-using KlDivTauForward = typename KlDivTau<KlDivTauArgs, NoHardPart, F, S, T>::Forward;
-template <class F, class S, class T>
-using KlDivTauBackward = typename KlDivTau<KlDivTauArgs, NoHardPart, F, S, T>::Backward;
+template <class F, class S>
+using KlDivTauForward = typename KlDivTau<KlDivTauArgs, NoHardPart, F, S>::Forward;
+template <class F, class S>
+using KlDivTauBackward = typename KlDivTau<KlDivTauArgs, NoHardPart, F, S>::Backward;
 
 void kl_div_tau_forward(const KlDivTauArgs& args, int64_t begin, int64_t end) { with_types<KlDivTauForward>(args, begin, end); }
 void kl_div_tau_backward(const KlDivTauArgs& args, int64_t begin, int64_t end) {

@@ -43,10 +43,10 @@ struct Huber {
     return finite / root(finite);
   }
 };
-template <class F, class S, class T>
-using LogitHuberForward = typename LogitDifference<Huber, NoHardPart, F, S, T>::Forward;
-template <class F, class S, class T>
-using LogitHuberBackward = typename LogitDifference<Huber, NoHardPart, F, S, T>::Backward;
+template <class F, class S>
+using LogitHuberForward = typename LogitDifference<Huber, NoHardPart, F, S>::Forward;
+template <class F, class S>
+using LogitHuberBackward = typename LogitDifference<Huber, NoHardPart, F, S>::Backward;
 
 void logit_huber_forward(const LogitHuberArgs& args, int64_t begin, int64_t end) {
   with_types<LogitHuberForward>(args, begin, end);

@@ -22,7 +22,7 @@ struct Square {
 template <class F>
 using PlainSquare = Square<F>;
 
-template <template <class> class ElementOf, template <class, class, class> class HardPart, class F, class S, class T>
+template <template <class> class ElementOf, template <class, class, class> class HardPart, class F, class S>
 struct LogitDifference {
   using V = typename VecOf<F>::type;
   using Hard = HardPart<F, V, S>;
@@ -37,7 +37,7 @@ struct LogitDifference {
 
   // The row's mean difference, and the offset that one side's logits are read with (kl_math.h): the mean, then the mean of what
   // is left.
-  static void mean_difference(const S* student, const T* teacher, int64_t classes, F* stat) {
+  static void mean_difference(Pointer<const S> student, Pointer<const S> teacher, int64_t classes, F* stat) {
     F s_offset = 0, t_offset = 0, mean = 0, count = 0;
     for (int pass = 0; pass < 2; ++pass) {
       Sum<V> total;
@@ -81,7 +81,7 @@ struct LogitDifference {
   template <bool for_student, bool for_teacher>
   static F pass(const Args& args, int64_t r, F weight, const F* stat, Hard& hard, F* slopes = nullptr) {
     const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
-    const GradientRow<T> grad_teacher(args.grad_teacher, args.rows, r, args.student.data);
+    const GradientRow<S> grad_teacher(args.grad_teacher, args.rows, r, args.student.data);
     if (weight == 0) {
       grad_student.zero(0);
       grad_teacher.zero(0);
@@ -99,8 +99,8 @@ struct LogitDifference {
       }
     }
     const F mean = stat[MseStat::mean], s_offset = stat[MseStat::s_offset], t_offset = stat[MseStat::t_offset];
-    const S* student = row_of<S>(args.student, r);
-    const T* teacher = row_of<T>(args.teacher, r);
+    Pointer<const S> student = row_of<S>(args.student, r);
+    Pointer<const S> teacher = row_of<S>(args.teacher, r);
     const int64_t head =
         for_student && (!for_teacher || grad_student) ? grad_student.template head<V>() : grad_teacher.template head<V>();
     Sum<V> total, total_slope;
@@ -141,7 +141,7 @@ struct LogitDifference {
       const bool centred = args.center && weight != 0, first_the_slopes = Element::kMeanSlope && centred;
       Hard hard(args, r, row_of<S>(args.student, r));
       if (weight != 0) hard.read_row();
-      if (centred) mean_difference(row_of<S>(args.student, r), row_of<T>(args.teacher, r), args.classes, stat);
+      if (centred) mean_difference(row_of<S>(args.student, r), row_of<S>(args.teacher, r), args.classes, stat);
       if constexpr (Element::kMeanSlope)
         if (first_the_slopes) {
           total = pass<false, false>(args, r, weight, stat, hard, &slopes);
@@ -182,10 +182,10 @@ struct LogitDifference {
     }
   };
 };
-template <class F, class S, class T>
-using LogitMseForward = typename LogitDifference<PlainSquare, NoHardPart, F, S, T>::Forward;
-template <class F, class S, class T>
-using LogitMseBackward = typename LogitDifference<PlainSquare, NoHardPart, F, S, T>::Backward;
+template <class F, class S>
+using LogitMseForward = typename LogitDifference<PlainSquare, NoHardPart, F, S>::Forward;
+template <class F, class S>
+using LogitMseBackward = typename LogitDifference<PlainSquare, NoHardPart, F, S>::Backward;
 
 void logit_mse_forward(const LogitMseArgs& args, int64_t begin, int64_t end) { with_types<LogitMseForward>(args, begin, end); }
 void logit_mse_backward(const LogitMseArgs& args, int64_t begin, int64_t end) {

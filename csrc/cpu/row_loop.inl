@@ -4,8 +4,8 @@ namespace kdfast::cpu::KDFAST_ISA {
 namespace {
 
 template <class S>
-const S* row_of(const Logits& logits, int64_t row) {
-  return static_cast<const S*>(logits.data) + logits.rows.offset(row);
+Pointer<const S> row_of(const Logits& logits, int64_t row) {
+  return pointer_to<const S>(logits.data, logits.dtype) + logits.rows.offset(row);
 }
 
 // Where a row's gradient goes. Large gradients are written past the caches: they come back from memory before they are used
@@ -14,23 +14,23 @@ template <class S>
 struct GradientRow {
   static constexpr int64_t kStreamFromBytes = 8 << 20;
 
-  S* data = nullptr;
+  Pointer<S> data{};
   int64_t width = 0;
   bool streamed = false;
 
   GradientRow(const Gradient& gradient, int64_t rows, int64_t row, const void* student) {
     if (gradient.data == nullptr) return;
-    data = static_cast<S*>(gradient.data) + gradient.rows.offset(row);
+    data = pointer_to<S>(gradient.data, gradient.dtype) + gradient.rows.offset(row);
     width = gradient.width;
-    streamed = gradient.data != student && rows * width * int64_t(sizeof(S)) >= kStreamFromBytes;
+    streamed = gradient.data != student && rows * width * bytes_each(data) >= kStreamFromBytes;
   }
-  explicit operator bool() const { return data != nullptr; }
+  explicit operator bool() const { return address(data) != nullptr; }
 
   // Classes before the first that is aligned for stream().
   template <class V>
   int64_t head() const {
-    const uintptr_t bytes = sizeof(S) * kLanes<V>;
-    return streamed ? int64_t((bytes - uintptr_t(data) % bytes) % bytes / sizeof(S)) : 0;
+    const uintptr_t each = bytes_each(data), bytes = each * kLanes<V>;
+    return streamed ? int64_t((bytes - uintptr_t(address(data)) % bytes) % bytes / each) : 0;
   }
   template <class V>
   KDFAST_INLINE void put(int64_t i, V v, Full lanes) const {
@@ -44,7 +44,7 @@ struct GradientRow {
     store(data + i, v, lanes);
   }
   void zero(int64_t from) const {
-    if (data != nullptr && from < width) __builtin_memset(data + from, 0, sizeof(S) * (width - from));
+    if (*this && from < width) __builtin_memset(address(data + from), 0, bytes_each(data) * (width - from));
   }
 };
 
@@ -81,7 +81,7 @@ struct NoHardPart {
 
   NoHardPart() = default;
   template <class Args>
-  NoHardPart(const Args&, int64_t, const S*) {}
+  NoHardPart(const Args&, int64_t, Pointer<const S>) {}
   void start(F, F = 1) {}
   bool within_range(const Sums&) const { return true; }
   void read_row() {}
@@ -109,55 +109,29 @@ struct ComputeTypeOf<double> {
 template <class S>
 using ComputeType = typename ComputeTypeOf<S>::type;
 
-// Calls Loss<F, S, T>::run(args, begin, end) with S and T the types in memory of student and teacher, F the type to compute in.
-template <class S, template <class, class, class> class Loss, class Args>
-void with_student(const Args& args, int64_t begin, int64_t end) {
-  switch (args.teacher.dtype) {
-    case DType::f64:
-      return Loss<double, S, double>::run(args, begin, end);
-    case DType::f32:
-      return Loss<ComputeType<S>, S, float>::run(args, begin, end);
-    case DType::bf16:
-      return Loss<ComputeType<S>, S, BF16>::run(args, begin, end);
-    case DType::f16:
-      return Loss<ComputeType<S>, S, F16>::run(args, begin, end);
-  }
-}
-template <template <class, class, class> class Loss, class Args>
+// Calls Loss<F, S>::run(args, begin, end) with S the type in memory of student and teacher, F the type to compute in.
+template <template <class, class> class Loss, class Args>
 void with_types(const Args& args, int64_t begin, int64_t end) {
   const FlushSubnormals flush;
-  switch (args.student.dtype) {
-    case DType::f64:
-      return with_student<double, Loss>(args, begin, end);
-    case DType::f32:
-      return with_student<float, Loss>(args, begin, end);
-    case DType::bf16:
-      return with_student<BF16, Loss>(args, begin, end);
-    case DType::f16:
-      return with_student<F16, Loss>(args, begin, end);
-  }
+  const DType s = args.student.dtype, t = args.teacher.dtype;
+  if (s == DType::f64 || t == DType::f64)
+    Loss<double, AnyType>::run(args, begin, end);
+  else if (s != t)
+    Loss<float, AnyType>::run(args, begin, end);
+  else
+    with_type<float>(s, [&](auto number) { Loss<float, decltype(number)>::run(args, begin, end); });
 }
 
-template <class F, class S>
-void scale_typed(void* out, const void* in, F factor, int64_t begin, int64_t end) {
-  using V = typename VecOf<F>::type;
-  const S* from = static_cast<const S*>(in) + begin;
-  S* to = static_cast<S*>(out) + begin;
-  for_each_vector<V>(end - begin, 0,
-                     [&](int64_t i, auto lanes) { store(to + i, load<V>(from + i, lanes, 0) * factor, lanes); });
-}
 void scale_gradient(void* out, const void* in, DType dtype, double factor, int64_t begin, int64_t end) {
   const FlushSubnormals flush;
-  switch (dtype) {
-    case DType::f64:
-      return scale_typed<double, double>(out, in, factor, begin, end);
-    case DType::f32:
-      return scale_typed<float, float>(out, in, float(factor), begin, end);
-    case DType::bf16:
-      return scale_typed<float, BF16>(out, in, float(factor), begin, end);
-    case DType::f16:
-      return scale_typed<float, F16>(out, in, float(factor), begin, end);
-  }
+  with_type<double>(dtype, [&](auto number) {
+    using S = decltype(number);
+    using V = typename VecOf<ComputeType<S>>::type;
+    const S* from = static_cast<const S*>(in) + begin;
+    S* to = static_cast<S*>(out) + begin;
+    const auto by = ComputeType<S>(factor);
+    for_each_vector<V>(end - begin, 0, [&](int64_t i, auto lanes) { store(to + i, load<V>(from + i, lanes, 0) * by, lanes); });
+  });
 }
 
 }  // namespace

@@ -426,6 +426,75 @@ KDFAST_INLINE void store(S* p, V v, First first) {
   __builtin_memcpy(p, padded, sizeof(S) * first.n);
 }
 
+// Calls body with a value of the type in memory. Only where F is double may that be double.
+template <class F, class Body>
+KDFAST_INLINE auto with_type(DType dtype, Body body) {
+  if constexpr (sizeof(F) == 8)
+    if (dtype == DType::f64) return body(double{});
+  if (dtype == DType::f32) return body(float{});
+  return dtype == DType::bf16 ? body(BF16{}) : body(F16{});
+}
+
+// A pointer to numbers of a type that only their DType tells, for the pairs of two types: code of its own for each of them
+// would take minutes to compile. S is AnyType then, and Pointer<S> what S* is otherwise.
+struct AnyType {};
+struct AnyPointer {
+  char* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t at = 0;
+
+  KDFAST_INLINE AnyPointer operator+(int64_t i) const { return {data, dtype, at + i}; }
+  template <class S>
+  KDFAST_INLINE S* as(S) const {
+    return reinterpret_cast<S*>(data) + at;
+  }
+};
+template <class S>
+struct PointerOf {
+  using type = S*;
+};
+template <>
+struct PointerOf<AnyType> {
+  using type = AnyPointer;
+};
+template <>
+struct PointerOf<const AnyType> {
+  using type = AnyPointer;
+};
+template <class S>
+using Pointer = typename PointerOf<S>::type;
+
+KDFAST_INLINE int64_t bytes_each(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+KDFAST_INLINE int64_t bytes_each(AnyPointer p) { return bytes_each(p.dtype); }
+KDFAST_INLINE char* address(AnyPointer p) { return p.data + p.at * bytes_each(p); }
+template <class S>
+KDFAST_INLINE int64_t bytes_each(S*) {
+  return sizeof(S);
+}
+template <class S>
+KDFAST_INLINE S* address(S* p) {
+  return p;
+}
+template <class S, class Void>
+KDFAST_INLINE Pointer<S> pointer_to(Void* data, DType dtype) {
+  if constexpr (sizeof(S) == 1)
+    return AnyPointer{static_cast<char*>(const_cast<void*>(data)), dtype, 0};
+  else
+    return static_cast<S*>(data);
+}
+template <class V, class Lanes>
+KDFAST_INLINE V load(AnyPointer p, Lanes lanes, ScalarOf<V> fill) {
+  return with_type<ScalarOf<V>>(p.dtype, [&](auto number) { return load<V>(p.as(number), lanes, fill); });
+}
+template <class V, class Lanes>
+KDFAST_INLINE void store(AnyPointer p, V v, Lanes lanes) {
+  with_type<ScalarOf<V>>(p.dtype, [&](auto number) { store(p.as(number), v, lanes); });
+}
+template <class V>
+KDFAST_INLINE void stream(AnyPointer p, V v) {
+  with_type<ScalarOf<V>>(p.dtype, [&](auto number) { stream(p.as(number), v); });
+}
+
 // The lower or the upper half of the lanes, in double precision.
 template <int half>
 KDFAST_INLINE VecD widened(VecF v) {
