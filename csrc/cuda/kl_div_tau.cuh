@@ -220,6 +220,7 @@ struct KlDivTau {
         asm volatile("" : "+r"(shared_student));  // not from the registers that they were stored from
       }
       Partial partial;
+      partial.least = 0;  // which only set_least changes
       find_references(team, slice, t, partial, shared);
       beside(partial.s_max);
       weight = Exponential<H::packed>(p.teacher_log2, partial.t_max);
