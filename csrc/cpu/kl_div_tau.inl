@@ -28,7 +28,7 @@ struct KlTemperatures {
 // faster and take the compiler longer.
 template <class F, class V, class S>
 struct KlRow {
-  static constexpr F inf = F(__builtin_inf()), ln_2 = F(0.693147180559945309), log2_e = F(1.44269504088896341);
+  static constexpr F inf = F(__builtin_inf()), ln_2 = F(0.693147180559945309);
   static constexpr F kNarrow = sizeof(F) == 4 ? 2 : -1;  // the range of WidePhiSeries
   static constexpr F kMostFolded = 4096;
   static constexpr F kMostRest = 64;  // e^rest is far from infinity
@@ -40,6 +40,7 @@ struct KlRow {
   int64_t classes = 0;
   F stat[KlStat::count] = {};
   F rest = 0;                           // of the plain form
+  F teacher_size = 0;                   // its largest finite magnitude
   F s0 = 0, s1 = 0, z = 0, excess = 0;  // the sums of w, w x, v and w phi(x)
   F kl = 0, exp_of_shift = 0;           // e^-shift, of a narrow row
   F ww = 0, wv = 0, vv = 0;             // the sums of the products, of a plain row
@@ -52,6 +53,7 @@ struct KlRow {
   // Student and teacher are not near each other, nothing is masked and no power too large: then loss and gradient lose nothing
   // in the plain form, which needs no maximum before the sums.
   bool plain = false;
+  bool recentred = false;
   bool infinite = false;  // the student is at -inf where the teacher is not, be the mass there too small for a float
 
   KlRow() = default;
@@ -200,11 +202,8 @@ struct KlRow {
       s_j = k.ratio * t_j;  // the loss is infinite (the teacher has mass there): any finite reference will show it
     stat[KlStat::t_max] = t_j;
     stat[KlStat::s_max] = s_top == -inf ? 0 : s_top;
-    const F offset = kSixteenBits || !k.equal ? F(0) : math::row_offset(s_j - t_j, largest(size));
-    const auto origin = math::origin(k.equal, s_j, t_j, offset);
-    stat[KlStat::s_offset] = origin.s_offset;
-    stat[KlStat::t_offset] = origin.t_offset;
-    stat[KlStat::centre] = origin.centre;
+    teacher_size = largest(size);
+    set_origin(s_j, t_j);
     rest = (stat[KlStat::s_max] - s_j) * k.inv_tau;
     const F reach = kNarrow / k.inv_tau, d_j = s_j - t_j;
     // (Beyond kMostFolded the rounding of the folded constant would not be small against 1.)
@@ -213,6 +212,15 @@ struct KlRow {
              folded_t_max * folded_t_max < kMostFolded * kMostFolded &&
              !any(vmax(d_max - d_j, d_j - d_min) <= reach ? IntOf<V>{} : ~IntOf<V>{});
     if (narrow && kFused) w_excess = F(__builtin_fma(t_j, k.teacher_log2, -folded_t_max));
+  }
+
+  // x is zero where the logits are these.
+  void set_origin(F s, F t) {
+    const F offset = kSixteenBits || !k.equal ? F(0) : math::row_offset(s - t, teacher_size);
+    const auto origin = math::origin(k.equal, s, t, offset);
+    stat[KlStat::s_offset] = origin.s_offset;
+    stat[KlStat::t_offset] = origin.t_offset;
+    stat[KlStat::centre] = origin.centre;
   }
 
   // A row with classes at -inf: the teacher's largest finite magnitude, and whether the student masks more than the teacher.
@@ -326,27 +334,29 @@ struct KlRow {
     excess = sum_w_phi.value();
   }
 
-  // The row's numbers from its sums.
-  void finish_row() {
+  // The row's numbers from its sums; or false, where the stable form around class j would lose digits (three bits are given
+  // away) or overflow, because j is far off the mean: then the row is to be summed once more around the mean.
+  bool finish_row() {
     if constexpr (sizeof(F) == 4)
       if (narrow) return finish_narrow_row();
-    finish_any_row();
+    return finish_any_row();
   }
   // Always in the stable form, and without a call: e^-m is in the reach of the series.
-  void finish_narrow_row() {
+  bool finish_narrow_row() {
     const F inv_s0 = 1 / s0, mean = s1 * inv_s0, phi_mean = mean * mean * math::polynomial<math::WidePhiSeries>(mean);
     const F centred = excess * inv_s0 - phi_mean;
     const F exp_of_mean = mean * mean * math::polynomial<math::WidePhiSeries>(-mean) - mean + 1;
     stat[KlStat::mean] = mean;
     stat[KlStat::inv_s0] = inv_s0;
-    F growth_of_kl = centred >= phi_mean / 8 ? exp_of_mean * centred : centred_narrow();  // e^KL - 1
-    if (growth_of_kl < 0) growth_of_kl = 0;
+    if (centred < phi_mean / 8) return false;
+    const F growth_of_kl = exp_of_mean * centred;  // e^KL - 1
     kl = growth_of_kl < F(0.5) ? math::log1p_series(growth_of_kl) : math::log1p(growth_of_kl);
     stat[KlStat::shift] = mean + kl;
     exp_of_shift = exp_of_mean / (1 + growth_of_kl);
+    return true;
   }
-  void finish_any_row() {
-    const F inv_s0 = 1 / s0, finite_mean = s1 * inv_s0, mean_excess = excess * inv_s0;
+  bool finish_any_row() {
+    const F inv_s0 = 1 / s0, finite_mean = s1 * inv_s0;
     const F mean = infinite && finite_mean == finite_mean ? -inf : finite_mean;
     if (z == 0) z = 1;  // the student is at -inf everywhere: the mean makes the loss infinite
     const F log_ratio = math::log(z * inv_s0) + rest;
@@ -356,15 +366,24 @@ struct KlRow {
     kl = log_ratio - mean;
     stat[KlStat::shift] = log_ratio;
     if (kl < F(math::kStableBelow)) {
-      const F phi_mean = math::phi(mean), centred = mean_excess - phi_mean;
-      // Around a class that is far off the mean this difference would lose digits (three bits are given away), or overflow.
-      kl = centred >= phi_mean / 8 ? math::log1p(math::exp(-mean) * centred) : centred_kl();
+      const F phi_mean = math::phi(mean), centred = excess * inv_s0 - phi_mean;
+      if (!recentred && !(centred >= phi_mean / 8)) return false;
+      kl = math::log1p(math::exp(-mean) * centred);
       if (kl < 0) kl = 0;  // rounding, where nearly nothing is left
       stat[KlStat::shift] = mean + kl;
     }
     // Classes alike on both sides that have the mass, and one of little mass far off: either form loses the shift's digits.
     const F shift = stat[KlStat::shift];
     if (rest < kMostRest && shift * shift < mean * mean / 64) stat[KlStat::shift] = shift_of_differences();
+    return true;
+  }
+  // Makes x zero at its mean, which the sums have shown, instead of class j.
+  void recentre() {
+    const F mean = stat[KlStat::mean], t_j = stat[KlStat::t_max], s_j = stat[KlStat::s_max] - rest / k.inv_tau;
+    set_origin(s_j + mean / k.inv_tau, t_j);
+    rest = difference(splat<V>(stat[KlStat::s_max]), splat<V>(t_j))[0];
+    narrow = false;  // the differences may be twice as large
+    recentred = true;
   }
 
   void store_stats(void* to, int64_t at) const {
@@ -389,35 +408,6 @@ struct KlRow {
     };
     for_each_vector<V>(classes, 0, add, growth);
     return math::log1p(growth.value() * stat[KlStat::inv_s0]);
-  }
-
-  // The stable form around the mean itself: another pass.
-  __attribute__((noinline)) F centred_kl() const {
-    const F mean = stat[KlStat::mean], exp_rest = math::exp(rest - mean);  // w e^(x - m) = v e^(rest - m)
-    Sum<V> excess;
-    const auto add = [&](int64_t i, auto lanes) {
-      const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
-      const V w = teacher_weight(t), centred_or_nan = difference(s, t) - mean;
-      const V x = w == 0 ? V{} : centred_or_nan;
-      excess += centred_or_nan * centred_or_nan < 1 ? w * math::phi_series(x) : (student_weight(s) * exp_rest - w) - w * x;
-    };
-    for_each_vector<V>(classes, 0, add, excess);
-    return math::log1p(excess.value() * stat[KlStat::inv_s0]);
-  }
-
-  // The same in a narrow row, before the logarithm.
-  __attribute__((noinline)) F centred_narrow() const {
-    const NarrowWeights weights(*this);
-    const F mean = stat[KlStat::mean];
-    Sum<V> excess;
-    const auto add = [&](int64_t i, auto lanes) {
-      V w, x;
-      weights.read(i, lanes, w, x);
-      x -= mean;
-      excess += w * (x * x < 1 ? math::phi_series(x) : exp2_nonpositive(x * log2_e) - 1 - x);
-    };
-    for_each_vector<V>(classes, 0, add, excess);
-    return excess.value() * stat[KlStat::inv_s0];
   }
 
   // The pass for the student's gradient in a narrow row: q - p = p expm1(x - shift) = p (e^-shift (e^x - 1) + (e^-shift - 1)),
@@ -642,6 +632,15 @@ struct KlDivTau {
         rows[i] = Row(temperatures, row_of<S>(args.student, first + i), row_of<S>(args.teacher, first + i), classes);
         rows[i].find_reference(rows[i].teacher);
         find_sums(i);
+      };
+      const auto finish = [&](int64_t i) {
+        if (rows[i].plain) {
+          if (rows[i].finish_plain_row()) return;
+          read_again(i);
+        }
+        if (rows[i].finish_row()) return;
+        rows[i].recentre();
+        find_sums(i);
         rows[i].finish_row();
       };
       for (int64_t i = 0; i < count; ++i) {
@@ -657,12 +656,7 @@ struct KlDivTau {
       for (int64_t i = 0; i < count; ++i)
         if (weight[i] != 0) find_sums(i);
       for (int64_t i = 0; i < count; ++i) {
-        if (weight[i] != 0) {
-          if (!rows[i].plain)
-            rows[i].finish_row();
-          else if (!rows[i].finish_plain_row())
-            read_again(i);
-        }
+        if (weight[i] != 0) finish(i);
         const F loss = rows[i].kl * F(args.scale) * weight[i];
         hard[i].store_loss(args, first + i, weight[i], weight[i] != 0 ? loss : 0);
         rows[i].store_stats(args.row_stats, (first + i) * kStats);
