@@ -125,7 +125,8 @@ struct KlRow {
 
   // sum_row of a plain row: keeps w and v. Sums w (s - t) in the place of w x, and the products that show how far p is from q.
   template <class Hard>
-  __attribute__((noinline)) void sum_plain_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, Pointer<const S> next_student) {
+  __attribute__((noinline)) void sum_plain_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, Pointer<const S> next_student,
+                                               Pointer<const S> next_teacher) {
     typename Hard::Sums hard_sums;
     const KlRow row(*this);  // where no store can touch it
     const PlainPowers powers(*this);
@@ -135,6 +136,7 @@ struct KlRow {
     V sum_ww{}, sum_wv{}, sum_vv{};
     const auto add = [&](int64_t i, auto lanes) {
       __builtin_prefetch(address(next_student + i), 0, 2);
+      __builtin_prefetch(address(next_teacher + i), 0, 2);
       const V s = row.student_logits(i, lanes, 0), t = row.teacher_logits(i, lanes, 0);
       const V w = only(lanes, powers.teacher(t)), v = only(lanes, powers.student(s));
       sum_w += w;
@@ -622,7 +624,7 @@ struct KlDivTau {
         Row& row = rows[i];
         Pointer<const S> next_student = row_of<S>(args.student, next(i));
         if constexpr (sizeof(F) == 4)  // (rows of doubles are neither plain nor narrow)
-          if (row.plain) return row.sum_plain_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
+          if (row.plain) return row.sum_plain_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student, row_of<S>(args.teacher, next(i)));
         hard[i].start(row.stat[KlStat::s_max]);
         if constexpr (sizeof(F) == 4)
           if (row.narrow) return row.sum_narrow_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
