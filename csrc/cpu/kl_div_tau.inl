@@ -57,8 +57,15 @@ struct KlRow {
   bool infinite = false;  // the student is at -inf where the teacher is not, be the mass there too small for a float
 
   KlRow() = default;
-  KlRow(const KlTemperatures<F>& temperatures, Pointer<const S> s, Pointer<const S> t, int64_t n)
-      : k(temperatures), student(s), teacher(t), classes(n) {}
+  KlRow(const KlTemperatures<F>& temperatures, int64_t n) : k(temperatures), classes(n) {}
+  // Another row. (Not by assigning a new one, whose copy would wait for the writing of its members.)
+  void begin(Pointer<const S> s, Pointer<const S> t) {
+    student = s;
+    teacher = t;
+    kl = 0;
+    for (F& number : stat) number = 0;
+    plain = narrow = recentred = infinite = false;
+  }
 
   template <class Lanes>
   KDFAST_INLINE V student_logits(int64_t i, Lanes lanes, F fill = -inf) const {
@@ -607,11 +614,12 @@ struct KlDivTau {
     const bool for_teacher = args.grad_teacher.data != nullptr;
     // (Short rows have too few pairs to pay for its numbers. A plain row leaves no stats: the teacher's gradient and a gradient
     // recomputed need more digits of some.)
-    const bool may_be_plain = sizeof(F) == 4 && temperatures.equal && classes >= 64 && args.grad_student.data != nullptr &&
-                              !for_teacher && args.row_stats == nullptr;
+    const bool may_be_plain = sizeof(F) == 4 && temperatures.equal && classes >= 64 && !for_teacher &&
+                              args.row_stats == nullptr;
     Scratch<F> scratch(keep ? together * classes * kKeptRows : 0);
     F weight[kTogether];
     Row rows[kTogether];
+    for (int64_t i = 0; i < together; ++i) rows[i] = Row(temperatures, classes);
     Hard hard[kTogether];
     const auto kept = [&](int64_t i, int which) { return keep ? scratch.data + (kKeptRows * i + which) * classes : nullptr; };
     const auto kept_w = [&](int64_t i) { return kept(i, 0); };
@@ -631,7 +639,7 @@ struct KlDivTau {
         row.sum_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
       };
       const auto read_again = [&](int64_t i) {  // a row that is not plain after all
-        rows[i] = Row(temperatures, row_of<S>(args.student, first + i), row_of<S>(args.teacher, first + i), classes);
+        rows[i].begin(rows[i].student, rows[i].teacher);
         rows[i].find_reference(rows[i].teacher);
         find_sums(i);
       };
@@ -647,7 +655,7 @@ struct KlDivTau {
       };
       for (int64_t i = 0; i < count; ++i) {
         const int64_t r = first + i;
-        rows[i] = Row(temperatures, row_of<S>(args.student, r), row_of<S>(args.teacher, r), classes);
+        rows[i].begin(row_of<S>(args.student, r), row_of<S>(args.teacher, r));
         hard[i] = Hard(args, r, rows[i].student);
         weight[i] = args.weight.at(r, F(1));
         if (weight[i] == 0) continue;
@@ -693,9 +701,9 @@ struct KlDivTau {
 
   template <bool for_teacher>
   static void backward(const Args& args, int64_t begin, int64_t end) {
-    const KlTemperatures<F> temperatures(args);
+    Row row(KlTemperatures<F>(args), args.classes);
     for (int64_t r = begin; r < end; ++r) {
-      Row row(temperatures, row_of<S>(args.student, r), row_of<S>(args.teacher, r), args.classes);
+      row.begin(row_of<S>(args.student, r), row_of<S>(args.teacher, r));
       const F* stats = static_cast<const F*>(args.row_stats) + r * kStats;
       __builtin_memcpy(row.stat, stats, sizeof row.stat);
       Hard hard(args, r, row.student);
