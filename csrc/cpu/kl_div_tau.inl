@@ -614,8 +614,10 @@ struct KlDivTau {
     const bool for_teacher = args.grad_teacher.data != nullptr;
     // (Short rows have too few pairs to pay for its numbers. A plain row leaves no stats: the teacher's gradient and a gradient
     // recomputed need more digits of some.)
-    const bool may_be_plain = sizeof(F) == 4 && temperatures.equal && classes >= 64 && !for_teacher &&
-                              args.row_stats == nullptr;
+    const bool may_be_plain =
+        sizeof(F) == 4 && temperatures.equal && classes >= 64 && !for_teacher && args.row_stats == nullptr;
+    // Long rows whose gradient needs the logits again: two of the next row's would drive them out of the cache.
+    const bool reads_again = args.grad_student.data != nullptr && !keep;
     Scratch<F> scratch(keep ? together * classes * kKeptRows : 0);
     F weight[kTogether];
     Row rows[kTogether];
@@ -632,7 +634,9 @@ struct KlDivTau {
         Row& row = rows[i];
         Pointer<const S> next_student = row_of<S>(args.student, next(i));
         if constexpr (sizeof(F) == 4)  // (rows of doubles are neither plain nor narrow)
-          if (row.plain) return row.sum_plain_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student, row_of<S>(args.teacher, next(i)));
+          if (row.plain)
+            return row.sum_plain_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student,
+                                     row_of<S>(args.teacher, reads_again ? first + i : next(i)));
         hard[i].start(row.stat[KlStat::s_max]);
         if constexpr (sizeof(F) == 4)
           if (row.narrow) return row.sum_narrow_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
