@@ -22,6 +22,8 @@ namespace {
 
 using Object = PyObject*;
 
+constexpr int64_t kMostPairs = 8 * kPairsPerTask;  // beyond this the dispatcher's cost is lost in the arithmetic's
+
 const DLPackExchangeAPI* find_exchange() {
   const py::object capsule = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
   auto* header = static_cast<DLPackExchangeAPIHeader*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -74,7 +76,7 @@ struct Contiguous {
 template <class Loss>
 bool direct(Loss loss, Object values, Object gradient, Object student, Object teacher, Object target, int reduction) {
   Contiguous s, t;
-  if (!s.read(student) || !t.read(teacher) || s.tensor.ndim < 2 || !s.same_shape(t) || s.numel > kPairsPerTask) return false;
+  if (!s.read(student) || !t.read(teacher) || s.tensor.ndim < 2 || !s.same_shape(t) || s.numel > kMostPairs) return false;
   const auto s_dtype = s.floating(), t_dtype = t.floating();
   if (!s_dtype || !t_dtype || reduction < 0 || reduction > 3) return false;
   const bool wide = *s_dtype == DType::f64 || *t_dtype == DType::f64;
@@ -119,11 +121,13 @@ bool direct(Loss loss, Object values, Object gradient, Object student, Object te
 // gradient *= grad_loss.
 bool scale(Object gradient, Object grad_loss) {
   Contiguous out, by;
-  if (!out.read(gradient) || !by.read(grad_loss) || out.numel > kPairsPerTask || by.numel != 1) return false;
+  if (!out.read(gradient) || !by.read(grad_loss) || by.numel != 1) return false;
   const auto dtype = out.floating();
   if (!dtype || (!by.is(kDLFloat, 32) && !by.is(kDLFloat, 64))) return false;
   const double factor = by.is(kDLFloat, 64) ? *static_cast<double*>(by.data) : *static_cast<float*>(by.data);
-  if (factor != 1) cpu::scale_gradient(out.data, out.data, *dtype, factor, 0, out.numel);
+  if (factor == 1) return true;
+  if (out.numel > kPairsPerTask) return false;  // worth splitting over threads
+  cpu::scale_gradient(out.data, out.data, *dtype, factor, 0, out.numel);
   return true;
 }
 
@@ -181,7 +185,8 @@ PyMethodDef method(const char* name) {
 
 void bind_direct(py::module_& m) {
   exchange = find_exchange();
-  m.attr("DIRECT_PAIRS") = kPairsPerTask;
+  m.attr("PAIRS_PER_TASK") = kPairsPerTask;
+  m.attr("DIRECT_PAIRS") = kMostPairs;
   static PyMethodDef methods[] = {method<kl_div_tau, kCommon + 3>("kl_div_tau"),   method<logit_mse, kCommon + 2>("logit_mse"),
                                   method<logit_huber, kCommon + 3>("logit_huber"), method<kd_loss, kCommon + 6>("kd_loss"),
                                   method<scale_gradient, 2>("scale_gradient"),     {}};

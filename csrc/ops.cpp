@@ -350,12 +350,14 @@ template <class Loss, class Device>
 struct Ops {
   using Args = typename Loss::Args;
 
-  static auto forward(const Loss& loss, Tensor student, Tensor teacher, const Options& options, int64_t num_classes) {
+  static auto forward(const Loss& loss, Tensor student, Tensor teacher, const Options& options, int64_t num_classes,
+                      bool for_backward) {
     Args args = make_args<Args>(student, teacher, options, num_classes);
     loss.fill(args);
     const ScalarType type = accumulate_type(student, teacher);
-    Tensor stats = empty_like_device(student, {args.rows, loss.stats()}, type);
-    if (loss.stats() > 0) args.row_stats = stats.data_ptr();
+    const int64_t count = for_backward ? loss.stats() : 0;
+    Tensor stats = empty_like_device(student, {args.rows, count}, type);
+    if (count > 0) args.row_stats = stats.data_ptr();
     Device device(student);
     device.divide(args, options, student, loss.per_row(args));
     return std::tuple_cat(device.template forward<Loss>(args, student, type, options.reduction), std::make_tuple(stats));
@@ -433,7 +435,8 @@ Numbers target_of(const Tensor& target, const Tensor& student, const Tensor& tea
 // ---- operators -----------------------------------------------------------------------------------------------------------
 //
 // Every loss has five:
-//   X_forward           -> (loss, row_stats)       the loss, reduced; what the backward needs to know of each row
+//   X_forward           -> (loss, row_stats)       the loss, reduced; what the backward needs to know of each row, nothing
+//                                                  unless it is for_backward
 //   X_forward_grad      -> (loss, grad_student)    the same and the student's gradient for grad_loss = 1
 //   X_forward_grads     -> (loss, grad_student, grad_teacher)    and the teacher's
 //                                                  (of kd_loss they return loss, hard and soft part in the place of loss)
@@ -452,8 +455,9 @@ Numbers target_of(const Tensor& target, const Tensor& student, const Tensor& tea
 #define KDFAST_UNWRAP(...) __VA_ARGS__
 #define KDFAST_LOSS(NAME, LOSS, PARAMETERS, VALUES)                                                                        \
   template <class Device>                                                                                                  \
-  auto NAME##_forward(const Tensor& student, const Tensor& teacher, KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS) {             \
-    return Ops<LOSS, Device>::forward(LOSS{KDFAST_UNWRAP VALUES}, student, teacher, KDFAST_OPTIONS);                       \
+  auto NAME##_forward(const Tensor& student, const Tensor& teacher, KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS,               \
+                      bool for_backward) {                                                                                 \
+    return Ops<LOSS, Device>::forward(LOSS{KDFAST_UNWRAP VALUES}, student, teacher, KDFAST_OPTIONS, for_backward);         \
   }                                                                                                                        \
   template <class Device>                                                                                                  \
   auto NAME##_forward_grad(const Tensor& student, const Tensor& teacher, KDFAST_COMMON, KDFAST_UNWRAP PARAMETERS) {        \
@@ -506,8 +510,8 @@ void scale_gradient_inplace(const Tensor& gradient, const Tensor& grad_loss) {
 
 // VALUES: what forward returns of the loss.
 #define KDFAST_SCHEMAS(NAME, PARAMETERS, VALUES)                                                                             \
-  library.def(NAME "_forward(Tensor student, Tensor teacher, " KDFAST_COMMON_SCHEMA ", " PARAMETERS ") -> (" VALUES          \
-                   ", Tensor)");                                                                                             \
+  library.def(NAME "_forward(Tensor student, Tensor teacher, " KDFAST_COMMON_SCHEMA ", " PARAMETERS                          \
+                   ", bool for_backward) -> (" VALUES ", Tensor)");                                                          \
   library.def(NAME "_forward_grad(Tensor student, Tensor teacher, " KDFAST_COMMON_SCHEMA ", " PARAMETERS ") -> (" VALUES     \
                    ", Tensor)");                                                                                             \
   library.def(NAME "_forward_grads(Tensor student, Tensor teacher, " KDFAST_COMMON_SCHEMA ", " PARAMETERS ") -> (" VALUES    \

@@ -2,7 +2,8 @@ from typing import TypedDict
 
 from torch import Tensor
 
-DIRECT_PAIRS: int  # the most logit pairs of a call that goes past torch's dispatcher
+DIRECT_PAIRS: int  # the most logit pairs of a call that goes past torch's dispatcher, in one thread
+PAIRS_PER_TASK: int  # the most that are not worth splitting over threads
 
 class BuildInfo(TypedDict):
     version: str

@@ -148,6 +148,7 @@ def direct(
         or student.layout is not _strided
         or student.is_nested
         or student.numel() > _C.DIRECT_PAIRS
+        or (student.numel() > _C.PAIRS_PER_TASK and torch.get_num_threads() > 1)
         or student.is_neg()
         or teacher.is_neg()
         or _functorch_active()
@@ -200,7 +201,7 @@ def apply(
 ) -> tuple[Tensor, ...]:
     """Runs a loss's kernels, under autograd where a gradient is required: (loss, parts...)."""
     if not (torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)):
-        values: tuple[Tensor, ...] = loss.forward(student, teacher, *options, *given(target), *parameters)[:-1]
+        values: tuple[Tensor, ...] = loss.forward(student, teacher, *options, *given(target), *parameters, False)[:-1]
         return values
     in_forward = 0 if inplace else _in_forward(student, teacher, options[3])
     call = (LOSSES.index(loss), options[2:], parameters, in_forward, inplace)
@@ -229,7 +230,10 @@ class _Function(torch.autograd.Function):
         index, numbers, parameters, in_forward, _ = ctx.call = call
         loss = LOSSES[index]
         kernel = (loss.forward, loss.forward_grad, loss.forward_grads)[in_forward]
-        values: tuple[Tensor, ...] = kernel(student, teacher, row_weight, denominator, *numbers, *given(target), *parameters)
+        for_backward = () if in_forward else (True,)
+        values: tuple[Tensor, ...] = kernel(
+            student, teacher, row_weight, denominator, *numbers, *given(target), *parameters, *for_backward
+        )
         inputs: Inputs = (student, teacher, row_weight, denominator, target)
         ctx.unsaved = None if torch.compiler.is_compiling() else _made_in_inference_mode(*inputs)
         if ctx.unsaved is not None:
@@ -377,13 +381,14 @@ def _register_fakes(loss: Loss) -> None:
         divisor: Any,
         reduction: int,
         num_classes: int,
-        *rest: Any,
+        *others: Any,
     ) -> tuple[Tensor, ...]:
+        *rest, for_backward = others
         dtype = accumulate(student, teacher)
         rows = math.prod(student.shape[:-1])  # torch.Size.numel() would fix the number of rows while tracing
         return (
             *(student.new_empty(loss_shape(student, reduction), dtype=dtype) for _ in range(loss.values)),
-            student.new_empty((rows, loss.row_stats(*rest)), dtype=dtype),
+            student.new_empty((rows, loss.row_stats(*rest) if for_backward else 0), dtype=dtype),
         )
 
     def forward_grad(

@@ -518,6 +518,7 @@ def samples(name: str) -> list[tuple[Any, ...]]:
             "soft": reduction % 3,
             "ignore_index": -100,
             "label_smoothing": 0.1,
+            "for_backward": True,
             "for_student": True,
             "for_teacher": not weighted,
         }

@@ -23,9 +23,9 @@ LOSSES = {
 }
 
 
-def logits(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def logits(dtype: torch.dtype = torch.float32, k: int = 5) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(4, 5, generator=generator).to(dtype) for _ in range(2))
+    return tuple((2 * torch.randn(4, k, generator=generator)).to(dtype) for _ in range(2))
 
 
 class Watching(TorchFunctionMode):
@@ -38,10 +38,11 @@ class Watching(TorchFunctionMode):
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_operators_bits(loss: str, dtype: torch.dtype, reduction: str):
+@pytest.mark.parametrize("k", [5, 300])
+def test_the_operators_bits(k: int, loss: str, dtype: torch.dtype, reduction: str):
     found = []
     for watched in (False, True):
-        s, t = logits(dtype)
+        s, t = logits(dtype, k)
         s.requires_grad_()
         if watched:
             with Watching():
@@ -81,10 +82,26 @@ def test_no_operator_is_called(monkeypatch: pytest.MonkeyPatch):
         lambda: kdfast.kl_div_tau(s[:, :3], t[:, :3], 3.0),
         lambda: kdfast.kl_div_tau(torch._neg_view(s), t, 3.0),
         lambda: kdfast.kl_div_tau(torch.nn.Parameter(s, requires_grad=False), t, 3.0),
-        lambda: kdfast.kl_div_tau(torch.zeros(400, 100), torch.zeros(400, 100), 3.0),
+        lambda: kdfast.kl_div_tau(torch.zeros(4000, 100), torch.zeros(4000, 100), 3.0),
     ):
         with pytest.raises(AssertionError, match="dispatcher"):
             declined()
+
+
+def test_a_call_worth_two_threads_is_direct_in_one(monkeypatch: pytest.MonkeyPatch):
+    called = []
+    forward = _ops.KL_DIV_TAU.forward
+    monkeypatch.setattr(_ops, "KL_DIV_TAU", _ops.KL_DIV_TAU._replace(forward=lambda *a: called.append(1) or forward(*a)))
+    s, t = torch.randn(400, 100), torch.randn(400, 100)
+    threads, losses = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            losses.append(kdfast.kl_div_tau(s, t, 3.0))
+            assert len(called) == count - 1
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*losses)
 
 
 def test_a_negated_view():

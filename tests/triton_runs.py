@@ -282,7 +282,7 @@ def outside(where: h.Where) -> None:
         target = where.put(torch.tensor([0, k, -1, 10**12, k - 1]))
         for soft in (0, 1):
             call = (student, teacher, None, None, None, 0, -1, target, 4.0, 0.5, soft, -100, 0.1)
-            loss, hard, values, stats = _ops.on_triton(_ops.KD_LOSS).forward(*call)
+            loss, hard, values, stats = _ops.on_triton(_ops.KD_LOSS).forward(*call, True)
             one = where.put(torch.ones(5))
             gradient, _ = _ops.on_triton(_ops.KD_LOSS).backward(one, student, teacher, stats, *call[2:], True, False)
             assert loss.cpu().isnan().tolist() == hard.cpu().isnan().tolist() == [False, True, True, True, False]
@@ -712,7 +712,7 @@ def compile_for(capability: int) -> None:
                 stats = torch.zeros(4, numbers)
                 with nth_tile(which):
                     if not kd:
-                        OPERATORS[f"{loss}_forward"](student, teacher, *rest)
+                        OPERATORS[f"{loss}_forward"](student, teacher, *rest, True)
                     OPERATORS[f"{loss}_forward_grad"](student, teacher, *rest)
                     if capability == 90:
                         OPERATORS[f"{loss}_forward_grads"](student, teacher, *rest)

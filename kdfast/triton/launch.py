@@ -442,13 +442,14 @@ def operators(loss: Callable[..., Call]) -> dict[str, Callable[..., Any]]:
     """A loss's operators, as csrc/ops.cpp declares them."""
 
     def forward(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        *rest, for_backward = rest
         call = loss(student, teacher, *rest)
-        row_stats = call.empty((call.rows, call.stats))
+        row_stats = call.empty((call.rows, call.stats if for_backward else 0))
         per_row = call.empty(call.shape) if call.reduction == 0 else None
         with on_device(student):
             value = call.empty((0,)) if per_row is None else per_row
             if call.rows > 0:
-                value = call.launch_forward(per_row, row_stats if call.stats else None, None, None, (1.0, None))
+                value = call.launch_forward(per_row, row_stats if row_stats.shape[1] else None, None, None, (1.0, None))
             return *call.values(value, None if per_row is not None else call.divisor()), row_stats
 
     def with_gradients(grad_student: Tensor, grad_teacher: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
