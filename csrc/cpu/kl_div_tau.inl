@@ -600,7 +600,7 @@ struct KlDivTau {
   }
 
   // Rows of few classes go through each pass together: what a row waits for between two passes is then another row's work.
-  static constexpr int kTogether = 16, kTogetherClasses = 2048;
+  static constexpr int kTogether = 16, kTogetherClasses = 1024;
   static constexpr int kKeptRows = Hard::kStats > 0 ? 3 : 2;
   // Rows longer than this (with their logits: three quarters of a 2 MiB cache) do not keep w and v, which would drive the
   // logits out of it.

@@ -293,11 +293,15 @@ KDFAST_INLINE typename Half<V>::Bits narrow(typename Half<V>::Floats x, BF16) {
 #endif
   using Words = typename Half<V>::Words;
   const Words w = (Words)x;
-  const Words rounded = (w + 0x7FFFu + ((w >> 16) & 1u)) >> 16, result = x == x ? rounded : Words{} + 0x7FC0u;
+  const Words rounded = w + 0x7FFFu + ((w >> 16) & 1u), result = x == x ? rounded : Words{} + 0x7FC00000u;  // the upper halves
 #if defined(KDFAST_AVX512)
-  if constexpr (sizeof(w) == 64) return (typename Half<V>::Bits)_mm512_cvtepi32_epi16((__m512i)result);
+  if constexpr (sizeof(w) == 64) {  // the odd words, in one instruction instead of three
+    const __m512i words = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17, 15,
+                                           13, 11, 9, 7, 5, 3, 1);
+    return (typename Half<V>::Bits)_mm512_castsi512_si256(_mm512_permutexvar_epi16(words, (__m512i)result));
+  }
 #endif
-  return __builtin_convertvector(result, typename Half<V>::Bits);
+  return __builtin_convertvector(result >> 16, typename Half<V>::Bits);
 }
 template <class V>
 KDFAST_INLINE typename Half<V>::Floats widen(typename Half<V>::Bits h, F16) {
