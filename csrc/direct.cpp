@@ -114,6 +114,8 @@ bool direct(Loss loss, Object values, Object gradient, Object student, Object te
     if (wrong_target(args) >= 0) return false;
   CpuReduction sums;
   sums.divide(args, Divisor{std::nullopt, by, s.tensor.shape[0]}, loss.per_row(args));
+  std::optional<py::gil_scoped_release> others_may_run;
+  if (s.numel > kPairsPerTask) others_may_run.emplace();
   sums.forward(args, by, wide, outputs, [](const auto& args) { Loss::forward(args, 0, args.rows); });
   return true;
 }
