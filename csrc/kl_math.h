@@ -17,9 +17,9 @@
 // The difference is taken before the division by tau, so that x is right to an ulp of the difference however large tau is. At
 // equal temperatures s_k - t_k is taken first, which is exact where the student is near the teacher; the offset, on one side
 // alone, is the row's shift between student and teacher (row_offset below), without which a shift of 100 costs the gradient six
-// bits; `centre` makes x zero at the teacher's largest logit, class j (on the CPU at the mean, where class j is far off that). At
-// two temperatures c t_k cannot be had exactly, and the offsets are s_j and t_j: the classes near the top, where the mass is,
-// then have the least error. centre is 0 there.
+// bits; `centre` makes x zero at the teacher's largest logit, class j (on the CPU at the mean, where class j is far off that).
+// At two temperatures c t_k cannot be had exactly, and the offsets are s_j and t_j: the classes near the top, where the mass
+// is, then have the least error. centre is 0 there.
 #pragma once
 
 #include <math.h>
