@@ -577,9 +577,10 @@ def compiled_graph() -> None:
             for kind in ("forward", "forward_grad", "forward_grads", "backward")
         }
         for kind in ("forward", "forward_grad", "forward_grads"):
-            torch.library.opcheck(operators[kind], (student, teacher, *options, *extra))
-        *_, stats = operators["forward"](student, teacher, *options, *extra)
+            torch.library.opcheck(operators[kind], (student, teacher, *options, *extra, *((True,) if kind == "forward" else ())))
+        *_, stats = operators["forward"](student, teacher, *options, *extra, True)
         assert stats.shape == (3, numbers)
+        assert operators["forward"](student, teacher, *options, *extra, False)[-1].shape == (3, 0)
         torch.library.opcheck(operators["backward"], (torch.ones(()), student, teacher, stats, *options, *extra, True, True))
 
 
