@@ -577,7 +577,9 @@ def compiled_graph() -> None:
             for kind in ("forward", "forward_grad", "forward_grads", "backward")
         }
         for kind in ("forward", "forward_grad", "forward_grads"):
-            torch.library.opcheck(operators[kind], (student, teacher, *options, *extra, *((True,) if kind == "forward" else ())))
+            torch.library.opcheck(
+                operators[kind], (student, teacher, *options, *extra, *((True,) if kind == "forward" else ()))
+            )
         *_, stats = operators["forward"](student, teacher, *options, *extra, True)
         assert stats.shape == (3, numbers)
         assert operators["forward"](student, teacher, *options, *extra, False)[-1].shape == (3, 0)
