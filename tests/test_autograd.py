@@ -526,6 +526,7 @@ def samples(name: str) -> list[tuple[Any, ...]]:
         if "row_stats" in wanted:
             forward = getattr(torch.ops.kdfast, family + "_forward").default
             common["row_stats"] = forward(*(common[a.name] for a in forward._schema.arguments))[-1]
+        common["for_backward"] = not weighted
         made.append(tuple(common[a] for a in wanted))
     return made
 

@@ -25,7 +25,6 @@ struct HardPart {
   F smoothing = 0, loss = 0;
   F stat[HardStat::count] = {};
   bool counts = false;                         // not an ignored row
-  bool shares = false;                         // its exponentials are the soft part's
   F unit = 1;                                  // of the exponentials, beside e^(s - s_max)
   int degree = 0;                              // of the soft part's in its exponentials, 0: not worth it
   bool writes = false;                         // it has a gradient
@@ -36,7 +35,6 @@ struct HardPart {
   HardPart(const KdLossArgs& args, int64_t r, Pointer<const S> logits)
       : student(logits), classes(args.classes), target(args.target.at(r, int64_t(0))), smoothing(F(args.label_smoothing)) {
     counts = target != args.ignore_index;
-    shares = counts && args.soft == Soft::kl && args.tau == 1;
     if (args.soft == Soft::kl) degree = args.tau == 1 ? 1 : args.tau == 2 ? 2 : args.tau == 4 ? 4 : 0;
     writes = counts && args.alpha != 1;
     alone = args.alpha == 0;
@@ -77,7 +75,7 @@ struct HardPart {
   // part, which at tau = 1 are the same.
   template <class Lanes>
   KDFAST_INLINE void add(Sums& sums, F* kept_e, int64_t i, Lanes lanes, V s, V shared) const {
-    if (counts) add_exponentials(sums, kept_e, i, lanes, s, shares ? shared : exponential(s));
+    if (counts) add_exponentials(sums, kept_e, i, lanes, s, degree == 1 ? shared : exponential(s));
   }
   // The same in a plain row. v: the student's powers.
   template <class Lanes>

@@ -53,8 +53,8 @@ struct KlRow {
   // Student and teacher are not near each other, nothing is masked and no power too large: then loss and gradient lose nothing
   // in the plain form, which needs no maximum before the sums.
   bool plain = false;
-  bool recentred = false;
-  bool infinite = false;  // the student is at -inf where the teacher is not, be the mass there too small for a float
+  bool recentred = false;  // x is zero at the mean, not at class j
+  bool infinite = false;   // the student is at -inf where the teacher is not, be the mass there too small for a float
 
   KlRow() = default;
   KlRow(const KlTemperatures<F>& temperatures, int64_t n) : k(temperatures), classes(n) {}
@@ -97,7 +97,7 @@ struct KlRow {
     PlainPowers(const KlRow& row)
         : teacher(row.k.student_log2, row.stat[KlStat::t_max]), student(row.k.student_log2, row.stat[KlStat::s_max]) {}
   };
-  static constexpr int64_t kManyClasses = 256;
+  static constexpr int64_t kFewestClasses = 64, kManyClasses = 256;  // kFewestClasses: more than a vector has lanes
   static constexpr F kFar = F(0.3), kFarSquared = F(0.015);
 
   // Whether the row looks plain in a few of its classes. Leaves their largest logits in the place of the row's.
@@ -106,11 +106,9 @@ struct KlRow {
     V s, t;
     bool far;
     if (classes < kManyClasses) {
-      const First lanes{classes < kLanes<V> ? int(classes) : kLanes<V>};
-      const F s_first = load<V>(student, First{1}, 0)[0], t_first = load<V>(teacher, First{1}, 0)[0];
-      s = student_logits(0, lanes, s_first);
-      t = teacher_logits(0, lanes, t_first);
-      const V d = (s - t) - (s_first - t_first);
+      s = student_logits(0, Full{});
+      t = teacher_logits(0, Full{});
+      const V d = (s - t) - (s[0] - t[0]);
       far = any(d * d > kFar * kFar * tau * tau);
     } else {
       const auto at = [&](int i) { return (classes / 4 * i); };
@@ -615,7 +613,7 @@ struct KlDivTau {
     // (Short rows have too few pairs to pay for its numbers. A plain row leaves no stats: the teacher's gradient and a gradient
     // recomputed need more digits of some.)
     const bool may_be_plain =
-        sizeof(F) == 4 && temperatures.equal && classes >= 64 && !for_teacher && args.row_stats == nullptr;
+        sizeof(F) == 4 && temperatures.equal && classes >= Row::kFewestClasses && !for_teacher && args.row_stats == nullptr;
     // Long rows whose gradient needs the logits again: two of the next row's would drive them out of the cache.
     const bool reads_again = args.grad_student.data != nullptr && !keep;
     Scratch<F> scratch(keep ? together * classes * kKeptRows : 0);
