@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
+import operators
 import pytest
 import torch
 from helpers import (
@@ -26,6 +26,7 @@ from helpers import (
     logits,
     loss_of,
     oracle,
+    places,
 )
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -480,68 +481,17 @@ def test_hooks_and_anomaly_mode() -> None:
 # opcheck
 
 
-def registered_operators() -> list[str]:
-    """All of them, from torch's dispatcher: none can be forgotten."""
-    return sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("kdfast::"))
-
-
-def samples(name: str) -> list[tuple[Any, ...]]:
-    """Arguments for an operator, made from the names and types in its schema."""
-    schema = getattr(torch.ops.kdfast, name.removeprefix("kdfast::").partition(".")[0]).default._schema
-    family = next((loss for loss in ("kl_div_tau", "logit_huber", "kd_loss") if loss in name), "logit_mse")
-    made = []
-    shapes = [(4, 7), (2, 3, 33)]
-    for shape, dtype, reduction, weighted in itertools.product(shapes, (F32, BF16), (0, 1, 2, 3), (False, True)):
-        if "forward_grad" in name and reduction == 0:
-            continue  # one number a row has no single gradient
-        s, t = logits("typical", shape, (dtype, F32))
-        rows, lead = int(np.prod(shape[:-1])), shape[:-1]
-        common: dict[str, Any] = {
-            "student": s,
-            "teacher": t,
-            "gradient": s,
-            "grad_loss": torch.full(lead if reduction == 0 and "scale" not in name else (), 0.5),
-            "row_weight": torch.linspace(0, 1, rows).reshape(lead) if weighted else None,
-            "denominator": torch.tensor(3.0) if weighted and reduction == 2 else None,
-            "divisor": 5.0 if not weighted and reduction == 3 else None,
-            "reduction": reduction,
-            "num_classes": shape[-1] - 2 if weighted else -1,
-            "tau": 4.0,
-            "teacher_tau": 4.0,
-            "scale_by_tau_squared": True,
-            "center": True,
-            "tau_limit": weighted,
-            "delta": 0.5,
-            "smooth_l1": weighted,
-            "target": default_target(lead, shape[-1] - 2),
-            "alpha": 0.5,
-            "soft": reduction % 3,
-            "ignore_index": -100,
-            "label_smoothing": 0.1,
-            "for_backward": True,
-            "for_student": True,
-            "for_teacher": not weighted,
-        }
-        wanted = [a.name for a in schema.arguments]
-        if "row_stats" in wanted:
-            forward = getattr(torch.ops.kdfast, family + "_forward").default
-            common["row_stats"] = forward(*(common[a.name] for a in forward._schema.arguments))[-1]
-        common["for_backward"] = not weighted
-        made.append(tuple(common[a] for a in wanted))
-    return made
+OPERATORS = operators.registered("kdfast")
 
 
 def test_operators_are_found() -> None:
-    names = registered_operators()
-    assert all(any(loss in n for n in names) for loss in ("kl_div_tau", "logit_mse", "logit_huber", "kd_loss")), names
+    assert all(any(loss in n for n in OPERATORS) for loss in ("kl_div_tau", "logit_mse", "logit_huber", "kd_loss")), OPERATORS
 
 
-@pytest.mark.parametrize("name", registered_operators())
-def test_opcheck(name: str) -> None:
-    """Schema, fake tensors (shapes, strides, dtypes), autograd registration, aot dispatch with dynamic shapes."""
-    operator = getattr(torch.ops.kdfast, name.removeprefix("kdfast::").partition(".")[0]).default
-    for arguments in samples(name):
-        torch.library.opcheck(operator, arguments)
+@pytest.mark.parametrize("device", sorted({where.device for where in places() if where.backend == "cpp"}))
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name: str, device: str) -> None:
+    operators.opcheck(name, device)
 
 
 def test_operators_do_not_drop_a_gradient_in_silence() -> None:
@@ -550,7 +500,7 @@ def test_operators_do_not_drop_a_gradient_in_silence() -> None:
     s, t = pair((4, 7), dtype=F32)
     for name in ("kl_div_tau_forward", "logit_mse_forward", "logit_huber_forward"):
         operator = getattr(torch.ops.kdfast, name).default
-        value = operator(s, t, *samples("kdfast::" + name)[0][2:])[0]
+        value = operator(s, t, *next(operators.samples(f"kdfast::{name}", "cpu"))[2:])[0]
         if value.requires_grad:
             with pytest.warns(UserWarning, match="autograd kernel was not registered"):
                 value.sum().backward()

@@ -1007,11 +1007,14 @@ Plan plan_of(const typename L::Args& args) {
                    most_held<L>(args));
 }
 
-// Whether a forward leaves the gradients to a backward pass.
+// Whether a forward leaves the gradients to a backward pass. In float16 it always does: kdfast/_ops.py asks for no gradient
+// there, since one that is not scaled yet underflows, and an instance of the kernel for it would be compiled for nothing.
 template <class L>
 bool backward_follows(const typename L::Args& args) {
-  if constexpr (L::kHeld == 0) return false;
-  return args.grad_teacher.data != nullptr && !L::kForTeacher && !by_passes<L>(args);
+  if (L::kHeld == 0 || by_passes<L>(args)) return false;
+  if (args.student.dtype == DType::f16 && args.teacher.dtype == DType::f16)
+    return args.grad_student.data != nullptr || args.grad_teacher.data != nullptr;
+  return args.grad_teacher.data != nullptr && !L::kForTeacher;
 }
 
 template <class L>
@@ -1036,12 +1039,13 @@ void set_parts(Task& task, const typename L::Args& args, const Call& call, const
   }
 }
 
-// The kernel's instance for how logits of these dtypes are held.
-#define KDFAST_HELD(INSTANCE, ARGS)                                                \
-  ((ARGS).student.dtype != (ARGS).teacher.dtype ? (const void*)INSTANCE(HeldFloat) \
-   : (ARGS).student.dtype == DType::bf16        ? (const void*)INSTANCE(HeldBF16)  \
-   : (ARGS).student.dtype == DType::f16         ? (const void*)INSTANCE(HeldF16)   \
-                                                : (const void*)INSTANCE(HeldFloat))
+// The kernel's instance for how logits of these dtypes are held; of one that writes gradients in forward.
+#define KDFAST_HELD(INSTANCE, ARGS)                                                                          \
+  ((ARGS).student.dtype == DType::f16 && (ARGS).teacher.dtype == DType::f16 ? (const void*)INSTANCE(HeldF16) \
+                                                                            : KDFAST_HELD_OF_GRADIENT(INSTANCE, ARGS))
+#define KDFAST_HELD_OF_GRADIENT(INSTANCE, ARGS)                                                                 \
+  ((ARGS).student.dtype == DType::bf16 && (ARGS).teacher.dtype == DType::bf16 ? (const void*)INSTANCE(HeldBF16) \
+                                                                              : (const void*)INSTANCE(HeldFloat))
 #define KDFAST_FORWARD(H) (forward_kernel<L, H, false>)
 #define KDFAST_FORWARD_GRADIENT(H) (forward_kernel<L, H, true>)
 #define KDFAST_FORWARD_GRADIENTS(H) (forward_kernel<L, H, true, true>)
@@ -1110,9 +1114,10 @@ void run_forward(const typename L::Args& caller, const Call& call, int stats, co
     if (!apart) {
       if (wants_gradient && vector_width(args.student.dtype, args.teacher.dtype) == HeldBF16::width)
         plan.shared = unsigned(plan.threads * L::kShared);
-      const void* kernel = wants_gradient ? KDFAST_HELD(KDFAST_FORWARD_GRADIENT, args) : KDFAST_HELD(KDFAST_FORWARD, args);
+      const void* kernel =
+          wants_gradient ? KDFAST_HELD_OF_GRADIENT(KDFAST_FORWARD_GRADIENT, args) : KDFAST_HELD(KDFAST_FORWARD, args);
       if constexpr (L::kForTeacher)
-        if (args.grad_teacher.data) kernel = KDFAST_HELD(KDFAST_FORWARD_GRADIENTS, args);
+        if (args.grad_teacher.data) kernel = KDFAST_HELD_OF_GRADIENT(KDFAST_FORWARD_GRADIENTS, args);
       return launch(kernel, plan, stream, arguments, name, args.rows, args.classes);
     }
     launch(KDFAST_HELD(KDFAST_FORWARD, args), plan, stream, arguments, name, args.rows, args.classes);
