@@ -47,10 +47,10 @@ struct HardRow {
     const F log_z = gap == 0 ? math::log1p(sums.others) : math::log(z);
     loss = log_z + gap;
     if (smoothing != 0) loss = (1 - smoothing) * loss + smoothing * (log_z + sums.below_max / classes);
-    if (sums.ignored != 0) loss = 0;
     stat[HardStat::s_max] = sums.s_max;
     stat[HardStat::inv_z] = 1 / z;
     stat[HardStat::slope] = -sums.others / z;
+    if (sums.ignored != 0) loss = stat[HardStat::inv_z] = stat[HardStat::slope] = 0;
   }
 };
 
@@ -122,12 +122,19 @@ struct KdLoss {
                                                   const HardGradient<float>& hard, const Target& target, const H& s, int first,
                                                   float (&gradient)[H::width]) {
     const bool writes = p.writes && !target.ignored;
-    const int at = target.index - first;
+    if (p.alone) {
 #pragma unroll
-    for (int i = 0; i < H::width; ++i) {
-      float h = fmaf(exponential(s[i]), hard.factor, -hard.elsewhere);
-      h = i == at ? hard.at_target : h;
-      gradient[i] = p.alone ? (writes ? h : 0.f) : (writes ? gradient[i] + h : gradient[i]);
+      for (int i = 0; i < H::width; ++i) gradient[i] = 0;
+    }
+    if (!writes) return;
+    const int at = target.index - first;
+    if (unsigned(at) < unsigned(H::width)) {
+#pragma unroll
+      for (int i = 0; i < H::width; ++i)
+        gradient[i] += i == at ? hard.at_target : fmaf(exponential(s[i]), hard.factor, -hard.elsewhere);
+    } else {
+#pragma unroll
+      for (int i = 0; i < H::width; ++i) gradient[i] += fmaf(exponential(s[i]), hard.factor, -hard.elsewhere);
     }
   }
 

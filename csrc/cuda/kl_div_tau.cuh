@@ -113,7 +113,12 @@ struct KlDivTau {
     Difference() = default;
     // s_j and t_j: logits of the class where the teacher's is largest; size: the largest finite magnitude.
     __device__ __forceinline__ Difference(const Parameters& p, float s_j, float t_j, float size) : ratio(p.ratio) {
-      const auto origin = math::origin(p.equal, s_j, t_j, p.exact || !p.equal ? 0.f : math::row_offset(s_j - t_j, size));
+      if (p.exact) {
+        s_offset = t_offset = 0;
+        centre = s_j - t_j;
+        return;
+      }
+      const auto origin = math::origin(p.equal, s_j, t_j, p.equal ? math::row_offset(s_j - t_j, size) : 0.f);
       s_offset = origin.s_offset;
       t_offset = origin.t_offset;
       centre = origin.centre;
@@ -150,12 +155,12 @@ struct KlDivTau {
     float w_share, v_share, apart;
   };
   struct Shared {
-    int s_j;  // ordered as floats are
+    References references[kMostTeams];  // first, where an address needs no addition
+    int s_j;                            // ordered as floats are
     uint32_t largest_pair[kMostWarps][1];
     float largest[kMostWarps][2], size[kMostWarps][1], all_sums[kMostWarps][3], sums[kMostWarps][2], excess[kMostWarps][1];
     float growth[kMostWarps][1];
     float least[kMostThreads];  // without a gradient: a thread's least x less the mean, 0 where all are near
-    References references[kMostTeams];
   };
 
   // KL in its plain form; what it is compared with, and what goes into the stable one, must come from here.
@@ -208,20 +213,15 @@ struct KlDivTau {
                                               Beside beside = {}) {
       if (team.warps > 1 && threadIdx.x == 0) shared.s_j = ordered(-INFINITY);
       H t[kVectors];
-      Reader<H>(student, p.args.student.dtype, span, slice, nothing<H>()).next(s, slice.count);
-      Reader<H>(teacher, p.args.teacher.dtype, span, slice, nothing<H>()).next(t, slice.count);
-      if constexpr (kShares) {
+      Reader<H> read_student(student, p.args.student.dtype, span, slice, nothing<H>()),
+          read_teacher(teacher, p.args.teacher.dtype, span, slice, nothing<H>());
+      next_of_both(read_student, s, read_teacher, t, slice.count);
+      if constexpr (kShares)
         shared_student = threadIdx.x * unsigned(kShared / sizeof(uint4));  // an odd number, for the banks' sake
-#pragma unroll
-        for (int v = 0; v < kVectors; ++v) {
-          if (v >= slice.count) break;
-          of_threads[shared_student + v] = {s[v].word[0], s[v].word[1], s[v].word[2], s[v].word[3]};
-        }
-        asm volatile("" : "+r"(shared_student));  // not from the registers that they were stored from
-      }
       Partial partial;
       partial.least = 0;  // which only set_least changes
       find_references(team, slice, t, partial, shared);
+      if constexpr (kShares) asm volatile("" : "+r"(shared_student));  // not from the registers that they were stored from
       beside(partial.s_max);
       weight = Exponential<H::packed>(p.teacher_log2, partial.t_max);
       float size[1] = {0};
@@ -259,6 +259,7 @@ struct KlDivTau {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         if (v >= slice.count) break;
+        if constexpr (kShares) of_threads[shared_student + v] = {s[v].word[0], s[v].word[1], s[v].word[2], s[v].word[3]};
         s_top = s_top.larger(s[v]);
         t_tops[v] = H::pair(t[v]);
         t_top = H::larger_pair(t_top, t_tops[v]);
@@ -305,21 +306,26 @@ struct KlDivTau {
       constexpr float unit = Series::kUnit;
       const float scale = p.inv_tau / unit, rest_log2 = (partial.s_max - partial.s_j) * p.student_log2;
       const Exponential<H::packed> student_weight(p.student_log2, partial.s_max);
-      const float v_scale = exp2_approx(rest_log2 + log2_of_units(student_weight, partial)) / unit;
+      // y in one multiply-add of a difference that no centre is taken from yet; too large by `off`, the rounding of `centre`.
+      const float centre = partial.x.centre * scale, off = fmaf(partial.x.centre, scale, -centre),
+                  off_log2 = kLog2E * unit * off;
+      Difference difference = partial.x;
+      difference.centre = 0;
+      const float v_scale = exp2_approx(rest_log2 + off_log2 + log2_of_units(student_weight, partial)) / unit;
       float& least = shared.least[threadIdx.x];
       least = 0;
       const Sums mine =
-          add_up<Series, H::packed, true>([&] { return student_weight; }, slice, t, partial.x, scale, 0, v_scale, &least);
+          add_up<Series, H::packed, true>([&] { return student_weight; }, slice, t, difference, scale, centre, v_scale, &least);
       float sums[3] = {mine.w, mine.wy, mine.excess};
       cuda::reduce<Sum>(team, sums, shared.all_sums);
       const float inv = 1 / sums[0], y = sums[1] * inv, phi_mean = y * y * math::polynomial<Series>(y);
       const float centred = sums[2] * inv - phi_mean;
       const float w_unit = weight.unit(partial.t_max);
       partial.s0 = sums[0] * w_unit;
-      partial.mean = unit * y;
-      partial.z = fmaf(unit, sums[1] + sums[2], sums[0]) * w_unit * exp2_approx(-rest_log2);
-      partial.excess = exp2_approx(-kLog2E * partial.mean) * (unit * centred) * partial.s0;
-      least = fmaf(unit, least, -partial.mean);
+      partial.mean = unit * (y - off);
+      partial.z = fmaf(unit, sums[1] + sums[2], sums[0]) * w_unit * exp2_approx(-rest_log2 - off_log2);
+      partial.excess = exp2_approx(-kLog2E * unit * y) * (unit * centred) * partial.s0;
+      least = unit * (least - y);
       return rest_log2 < kLog2E * kPlainFrom && fabsf(y) < 2 && centred >= phi_mean / 8 && weight.log2 == p.teacher_log2 &&
              student_weight.log2 == p.student_log2;
     }
@@ -389,26 +395,27 @@ struct KlDivTau {
       for (int v = 0; v < kVectors; ++v) {
         if (v >= slice.count) break;
         const H student = still_packed(s[v]), teacher = still_packed(t[v]);
-        float s1 = 0;
 #pragma unroll
         for (int i = 0; i < H::width; ++i) {
           const float xk = x.template of<exact>(student[i], teacher[i]), wk = weight(teacher[i]);
           sums[0] += wk;
-          s1 = fmaf(wk, xk, s1);
+          sums[1] = fmaf(wk, xk, sums[1]);
           if constexpr (wants_gradient) w[v][i] = wk, h[v][i] = xk;
         }
-        if (!(fabsf(s1) < INFINITY)) {
-          s1 = 0;
+      }
+      if (fabsf(sums[1]) < INFINITY) return;
+      sums[1] = 0;  // masked classes, or no numbers
 #pragma unroll
-          for (int i = 0; i < H::width; ++i) {
-            const float sk = student[i], tk = teacher[i], wk = weight(tk);
-            if (sk == -INFINITY && tk > -INFINITY)
-              s1 = -INFINITY;
-            else if (!(wk == 0 && sk == sk))
-              s1 += wk * x.template of<exact>(sk, tk);
-          }
+      for (int v = 0; v < kVectors; ++v) {
+        if (v >= slice.count) break;
+#pragma unroll
+        for (int i = 0; i < H::width; ++i) {
+          const float sk = s[v][i], tk = t[v][i], wk = weight(tk);
+          if (sk == -INFINITY && tk > -INFINITY)
+            sums[1] += -INFINITY;
+          else if (!(wk == 0 && sk == sk))
+            sums[1] += wk * x.template of<exact>(sk, tk);
         }
-        sums[1] += s1;
       }
     }
     // sum v
@@ -643,8 +650,8 @@ struct KlDivTau {
   // Classes alike on both sides that have the mass, and one of little mass far off: either form loses the shift's digits, small
   // as it is beside the mean. Where it is 1 or more, the classes that have the mass differ by as much, and nothing is lost.
   static __device__ __forceinline__ bool is_peaked(const Parameters& p, const Row& row) {
-    const float shift = fabsf(row.stat[KlStat::shift]), rest = (row.stat[KlStat::s_max] - row.s_j) * p.inv_tau;
-    return shift < 1 && shift < float(kPeaked) * fabsf(row.stat[KlStat::mean]) && rest < float(kMostRest);
+    const float least = fminf(1, float(kPeaked) * fabsf(row.stat[KlStat::mean]));
+    return fabsf(row.stat[KlStat::shift]) < least && (row.stat[KlStat::s_max] - row.s_j) * p.inv_tau < float(kMostRest);
   }
   // The same of merged slices, with what has_far says of one.
   static __device__ __forceinline__ bool is_peaked_and_far(const Parameters& p, const Row& row) {

@@ -169,10 +169,10 @@ struct Plain : LogitDifference<Element> {
     __device__ __forceinline__ float sum_whole(const Parameters& p, const RowSpan& span, const Slice& slice,
                                                const void* student, const void* teacher, const GradientRow& gradient,
                                                const GradientRow& grad_teacher, float factor) const {
-      const Cursor s_first(student, H::packed ? 2 : size_of(p.args.student.dtype), H::width, span, slice, true),
-          t_first(teacher, H::packed ? 2 : size_of(p.args.teacher.dtype), H::width, span, slice, true),
-          g_first(gradient.row, H::packed ? 2 : size_of(gradient.dtype), H::width, span, slice, true),
-          teacher_first(grad_teacher.row, H::packed ? 2 : size_of(grad_teacher.dtype), H::width, span, slice, true);
+      const Cursor s_first(student, span.size(p.args.student.dtype), span, slice, true),
+          t_first(teacher, span.size(p.args.teacher.dtype), span, slice, true),
+          g_first(gradient.row, span.size(gradient.dtype), span, slice, true),
+          teacher_first(grad_teacher.row, span.size(grad_teacher.dtype), span, slice, true);
       const char *s_at = s_first.at, *t_at = t_first.at;
       char *g_at = g_first.at, *teacher_at = teacher_first.at;
       float total = 0;
@@ -252,8 +252,9 @@ struct Centred : LogitDifference<Square<float>> {
     __device__ __forceinline__ Partial reduce(const Parameters& p, const Team& team, const RowSpan& span, const Slice& slice,
                                               const void* student, const void* teacher, GradientOf, FactorOf, Shared& shared,
                                               Beside beside = {}) {
-      Reader<H>(student, p.args.student.dtype, span, slice, nothing<H>()).next(s, slice.count);
-      Reader<H>(teacher, p.args.teacher.dtype, span, slice, nothing<H>()).next(t, slice.count);
+      Reader<H> read_student(student, p.args.student.dtype, span, slice, nothing<H>()),
+          read_teacher(teacher, p.args.teacher.dtype, span, slice, nothing<H>());
+      next_of_both(read_student, s, read_teacher, t, slice.count);
       beside();
       Partial partial{};
       partial.count = 1;

@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(256) scale_kernel(void* out, const void* in, D
     const int left = int(count - v * H::width < H::width ? count - v * H::width : H::width);
     const char* from = static_cast<const char*>(in) + v * H::width * size;
     char* to = static_cast<char*>(out) + v * H::width * size;
-    RowSpan span(H::width, nullptr, dtype, nullptr, dtype, left);
+    RowSpan span(H::packed, nullptr, dtype, nullptr, dtype, left);
     span.whole = aligned && left == H::width;
     GradientRow row;
     row.row = to, row.dtype = dtype, row.width = left, row.aligned = aligned;

@@ -222,22 +222,24 @@ __host__ __device__ constexpr int size_of(DType dtype) { return dtype == DType::
 // classes before the row, and the last may end after it. Those two go element by element, so that nothing outside the row is
 // touched; the others go whole, unless the teacher's row begins elsewhere between two such boundaries.
 struct RowSpan {
+  bool packed;  // all of its numbers are of one 16-bit format: known where the kernel is compiled
   int width, classes, phase, vectors;
   int whole_begin;  // vectors [whole_begin, whole_begin + whole) go by 128 bits
   unsigned whole;
 
-  __device__ __forceinline__ RowSpan(int width, const void* student, DType student_dtype, const void* teacher,
+  __device__ __forceinline__ RowSpan(bool packed, const void* student, DType student_dtype, const void* teacher,
                                      DType teacher_dtype, int64_t classes)
-      : width(width), classes(int(classes)) {
+      : packed(packed), width(packed ? 8 : 4), classes(int(classes)) {
     const unsigned at = unsigned(reinterpret_cast<uintptr_t>(student));
-    phase = (student_dtype == DType::f32 ? at >> 2 : at >> 1) & (width - 1);
+    phase = (size(student_dtype) == 4 ? at >> 2 : at >> 1) & (width - 1);
     vectors = (phase + this->classes + width - 1) / width;
     whole_begin = phase > 0;
     whole = is_aligned(teacher, teacher_dtype) ? unsigned(max(0, (phase + this->classes) / width - whole_begin)) : 0;
   }
+  __device__ __forceinline__ int size(DType dtype) const { return packed ? 2 : size_of(dtype); }
   // Whether a row of another tensor has its vectors at multiples of their size too.
   __device__ __forceinline__ bool is_aligned(const void* row, DType dtype) const {
-    return ((unsigned(reinterpret_cast<uintptr_t>(row)) - phase * size_of(dtype)) & (width * size_of(dtype) - 1)) == 0;
+    return ((unsigned(reinterpret_cast<uintptr_t>(row)) - phase * size(dtype)) & (width * size(dtype) - 1)) == 0;
   }
   __device__ __forceinline__ bool is_whole(int vector) const { return unsigned(vector - whole_begin) < whole; }
   // Element i of a vector, where it is in the row.
@@ -409,7 +411,7 @@ struct GradientRow {
   __device__ __forceinline__ GradientRow(const Gradient& gradient, int64_t index, const RowSpan& span)
       : dtype(gradient.dtype), width(gradient.width) {
     if (gradient.data == nullptr) return;
-    row = static_cast<char*>(gradient.data) + gradient.rows.offset(index) * size_of(dtype);
+    row = static_cast<char*>(gradient.data) + gradient.rows.offset(index) * span.size(dtype);
     aligned = span.is_aligned(row, dtype);
   }
   __device__ explicit operator bool() const { return row != nullptr; }
@@ -514,10 +516,10 @@ struct Cursor {
   char* at;    // where the next one begins in memory
   int step;
 
-  __device__ __forceinline__ Cursor(const void* row, int size, int width, const RowSpan& span, const Slice& slice, bool whole)
+  __device__ __forceinline__ Cursor(const void* row, int size, const RowSpan& span, const Slice& slice, bool whole)
       : span(span), vector(slice.first), stride(slice.stride), whole(whole) {
-    at = static_cast<char*>(const_cast<void*>(row)) + int64_t(vector * width - span.phase) * size;
-    step = stride * width * size;
+    at = static_cast<char*>(const_cast<void*>(row)) + int64_t(vector * span.width - span.phase) * size;
+    step = stride * span.width * size;
   }
   __device__ __forceinline__ void advance() {
     at += step;
@@ -532,7 +534,7 @@ struct Reader : Cursor {
   Held outside;
 
   __device__ __forceinline__ Reader(const void* row, DType dtype, const RowSpan& span, const Slice& slice, Held outside)
-      : Cursor(row, Held::packed ? 2 : size_of(dtype), Held::width, span, slice, slice.whole), dtype(dtype), outside(outside) {}
+      : Cursor(row, span.size(dtype), span, slice, slice.whole), dtype(dtype), outside(outside) {}
   // The next ones, at most `count`.
   template <int n>
   __device__ __forceinline__ void next(Held (&held)[n], int count) {
@@ -552,14 +554,29 @@ struct Reader : Cursor {
   }
 };
 
+// The next ones of two tensors, at most `count` of each.
+template <class Held, int n>
+__device__ __forceinline__ void next_of_both(Reader<Held>& read_x, Held (&x)[n], Reader<Held>& read_y, Held (&y)[n],
+                                             int count) {
+  if (read_x.whole && read_y.whole) {
+#pragma unroll
+    for (int v = 0; v < n; ++v, read_x.advance(), read_y.advance()) {
+      if (v >= count) break;
+      x[v] = load_whole<Held>(read_x.at, read_x.dtype);
+      y[v] = load_whole<Held>(read_y.at, read_y.dtype);
+    }
+  } else {
+    read_x.next(x, count);
+    read_y.next(y, count);
+  }
+}
+
 template <class Held>
 struct Writer : Cursor {
   const GradientRow& gradient;
 
   __device__ __forceinline__ Writer(const GradientRow& gradient, const RowSpan& span, const Slice& slice)
-      : Cursor(gradient.row, Held::packed ? 2 : size_of(gradient.dtype), Held::width, span, slice,
-               slice.whole && gradient.aligned),
-        gradient(gradient) {}
+      : Cursor(gradient.row, span.size(gradient.dtype), span, slice, slice.whole && gradient.aligned), gradient(gradient) {}
   __device__ __forceinline__ void next(const float (&x)[Held::width]) {
     if (whole || (gradient.aligned && span.is_whole(vector)))
       gradient.store_whole<Held>(x, at);
@@ -696,9 +713,14 @@ __device__ __forceinline__ void finish_row(const typename L::Parameters& paramet
 struct RowPointers {
   const void *student, *teacher;
 
-  __device__ __forceinline__ RowPointers(const LossArgs& args, int64_t index)
-      : student(static_cast<const char*>(args.student.data) + args.student.rows.offset(index) * size_of(args.student.dtype)),
-        teacher(static_cast<const char*>(args.teacher.data) + args.teacher.rows.offset(index) * size_of(args.teacher.dtype)) {}
+  // packed: as in RowSpan.
+  __device__ __forceinline__ RowPointers(bool packed, const LossArgs& args, int64_t index)
+      : student(at(packed, args.student, index)), teacher(at(packed, args.teacher, index)) {}
+
+ private:
+  static __device__ __forceinline__ const void* at(bool packed, const Logits& logits, int64_t index) {
+    return static_cast<const char*>(logits.data) + logits.rows.offset(index) * (packed ? 2 : size_of(logits.dtype));
+  }
 };
 
 // What the gradient of a row's unweighted loss is multiplied by.
@@ -764,8 +786,8 @@ __device__ __noinline__ void mend_row(const typename L::Parameters& parameters, 
   team.warps > 1 ? __syncthreads() : __syncwarp(team.mask);
   typename L::Row row = kept;
   const int64_t index = plan.row_again();
-  const RowPointers at(args, index);
-  const RowSpan span(H::width, at.student, args.student.dtype, at.teacher, args.teacher.dtype, args.classes);
+  const RowPointers at(H::packed, args, index);
+  const RowSpan span(H::packed, at.student, args.student.dtype, at.teacher, args.teacher.dtype, args.classes);
   const Slice slice(team, plan, span, plan.slice());
   float growth[1] = {L::template sum_growth<H>(parameters, span, slice, at, row)};
   reduce<Sum>(team, growth, L::shared_growth(shared));
@@ -813,8 +835,8 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
   const float weight = index < args.rows ? args.weight.at(index, 1.f) : 0.f;
 
   if (weight != 0) {
-    const RowPointers at(args, index);
-    const RowSpan span(H::width, at.student, args.student.dtype, at.teacher, args.teacher.dtype, args.classes);
+    const RowPointers at(H::packed, args, index);
+    const RowSpan span(H::packed, at.student, args.student.dtype, at.teacher, args.teacher.dtype, args.classes);
     const Slice slice(team, plan, span, slice_index);
     const auto index_again = [&] {
       if constexpr (kHasParts<L>) return plan.row_again();
@@ -834,12 +856,14 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
     Partial partial = held.reduce(parameters, team, span, slice, at.student, at.teacher, gradient_of, factor_of, shared);
     Row row;
     if (plan.slices == 1) {
-      if constexpr (requires { L::row_of(parameters, partial, team, shared); })
-        row = L::row_of(parameters, partial, team, shared);
-      else
-        row = L::row_of(parameters, partial);
+      if (wants_gradient || args.row_stats != nullptr || team.leads()) {
+        if constexpr (requires { L::row_of(parameters, partial, team, shared); })
+          row = L::row_of(parameters, partial, team, shared);
+        else
+          row = L::row_of(parameters, partial);
+      }
       if (team.leads()) {
-        if constexpr (kMends) kept[team.slot()] = row;
+        if constexpr (kMends && for_teacher) kept[team.slot()] = row;
         leave(row);
       }
     } else if (plan.cluster) {
@@ -872,7 +896,10 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
       if ((wants_gradient || args.row_stats != nullptr) && L::is_peaked(parameters, row))
         peaked = any_of_row(plan, team, held.has_far(parameters, slice, shared, row));
     if (peaked) {
-      if constexpr (kMends) mend_row<L, H, wants_gradient>(parameters, task, kept[team.slot()], shared);
+      if constexpr (kMends) {
+        if (team.leads() && !plan.cluster) kept[team.slot()] = row;
+        mend_row<L, H, wants_gradient>(parameters, task, kept[team.slot()], shared);
+      }
     } else if constexpr (for_teacher) {
       if constexpr (kMends) {  // its numbers from shared memory, as they are wanted
         team.warps > 1 ? __syncthreads() : __syncwarp(team.mask);
@@ -892,7 +919,7 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
   } else if (index < args.rows) {  // not read
     if (slice_index == 0) {
       const void* row = args.student.data;
-      const RowSpan span(H::width, row, args.student.dtype, row, args.student.dtype, args.classes);
+      const RowSpan span(H::packed, row, args.student.dtype, row, args.student.dtype, args.classes);
       if constexpr (wants_gradient) GradientRow(args.grad_student, index, span).zero(team, 0);
       if constexpr (for_teacher) GradientRow(args.grad_teacher, index, span).zero(team, 0);
       if (team.leads() && (plan.slices == 1 || plan.cluster)) finish_row<L, !wants_gradient>(parameters, Row{}, weight, index);
@@ -919,8 +946,8 @@ __global__ void __launch_bounds__(128, 4)
         if (args.row_stats != nullptr && L::is_peaked_and_far(parameters, row)) {
           Plan plan;
           plan.team = 32;
-          const RowPointers at(args, index);
-          const RowSpan span(HeldFloat::width, at.student, args.student.dtype, at.teacher, args.teacher.dtype, args.classes);
+          const RowPointers at(HeldFloat::packed, args, index);
+          const RowSpan span(HeldFloat::packed, at.student, args.student.dtype, at.teacher, args.teacher.dtype, args.classes);
           plan.slice_vectors = span.vectors;
           const Team warp(plan);
           const float growth = L::template sum_growth<HeldFloat>(parameters, span, Slice(warp, plan, span, 0), at, row);
@@ -944,8 +971,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const int slice_index = plan.slice();
   if (index >= args.rows) return;
 
-  const RowPointers at(args, index);
-  const RowSpan span(H::width, at.student, args.student.dtype, at.teacher, args.teacher.dtype, args.classes);
+  const RowPointers at(H::packed, args, index);
+  const RowSpan span(H::packed, at.student, args.student.dtype, at.teacher, args.teacher.dtype, args.classes);
   const GradientRow grad_student(args.grad_student, index, span), grad_teacher(args.grad_teacher, index, span);
   const float weight = args.weight.at(index, 1.f);
   if (weight == 0) {
