@@ -19,6 +19,7 @@ from helpers import (
     F64,
     INF,
     Objective,
+    Where,
     check_grad,
     check_loss,
     default_target,
@@ -26,7 +27,6 @@ from helpers import (
     logits,
     loss_of,
     oracle,
-    places,
 )
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -488,10 +488,9 @@ def test_operators_are_found() -> None:
     assert all(any(loss in n for n in OPERATORS) for loss in ("kl_div_tau", "logit_mse", "logit_huber", "kd_loss")), OPERATORS
 
 
-@pytest.mark.parametrize("device", sorted({where.device for where in places() if where.backend == "cpp"}))
 @pytest.mark.parametrize("name", OPERATORS)
-def test_opcheck(name: str, device: str) -> None:
-    operators.opcheck(name, device)
+def test_opcheck(name: str, kernel: Where) -> None:
+    operators.opcheck(name, kernel)
 
 
 def test_operators_do_not_drop_a_gradient_in_silence() -> None:
@@ -500,7 +499,7 @@ def test_operators_do_not_drop_a_gradient_in_silence() -> None:
     s, t = pair((4, 7), dtype=F32)
     for name in ("kl_div_tau_forward", "logit_mse_forward", "logit_huber_forward"):
         operator = getattr(torch.ops.kdfast, name).default
-        value = operator(s, t, *next(operators.samples(f"kdfast::{name}", "cpu"))[2:])[0]
+        value = operator(s, t, *next(operators.samples(name, Where("cpu", "cpp")))[2:])[0]
         if value.requires_grad:
             with pytest.warns(UserWarning, match="autograd kernel was not registered"):
                 value.sum().backward()

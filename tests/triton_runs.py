@@ -21,6 +21,7 @@ from unittest import mock
 
 import helpers as h
 import numpy as np
+import operators
 import pytest
 import torch
 
@@ -572,18 +573,16 @@ def compiled_graph() -> None:
         ("kd_loss", (target, 4.0, 0.9, 0, -100, 0.1), 12),
         ("kd_loss", (target, 1.0, 0.9, 1, -100, 0.1), 7),
     ):
-        operators = {
+        of_kind = {
             kind: getattr(torch.ops.kdfast_triton, f"{loss}_{kind}").default
             for kind in ("forward", "forward_grad", "forward_grads", "backward")
         }
         for kind in ("forward", "forward_grad", "forward_grads"):
-            torch.library.opcheck(
-                operators[kind], (student, teacher, *options, *extra, *((True,) if kind == "forward" else ()))
-            )
-        *_, stats = operators["forward"](student, teacher, *options, *extra, True)
+            torch.library.opcheck(of_kind[kind], (student, teacher, *options, *extra, *((True,) if kind == "forward" else ())))
+        *_, stats = of_kind["forward"](student, teacher, *options, *extra, True)
         assert stats.shape == (3, numbers)
-        assert operators["forward"](student, teacher, *options, *extra, False)[-1].shape == (3, 0)
-        torch.library.opcheck(operators["backward"], (torch.ones(()), student, teacher, stats, *options, *extra, True, True))
+        assert of_kind["forward"](student, teacher, *options, *extra, False)[-1].shape == (3, 0)
+        torch.library.opcheck(of_kind["backward"], (torch.ones(()), student, teacher, stats, *options, *extra, True, True))
 
 
 # ---------------------------------------------------------------------------------------------------------------- emulator
@@ -635,6 +634,8 @@ def emulate(counts: Path) -> None:
     h.check(where, "logit_huber", *h.logits("typical", (3, 5000)), center=True, kind="smooth_l1", grads="st")
     h.check(where, "kl_div_tau", *h.logits("typical", (3, 900), h.PAIRS["fp64"]), tau=4.0, grads="s")
     tuned(where)
+    for name in operators.registered("kdfast_triton"):
+        operators.opcheck(name, where)
 
 
 def tuned(where: h.Where) -> None:
