@@ -127,6 +127,22 @@ def test_rows_joined_and_apart(case: str, k: int, dtype: torch.dtype) -> None:
             helpers.check(CUDA, "logit_huber", s, t, kind=kind, delta=0.5, grads=grads, **APART[case])
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16, F32, F64], ids=str)
+@pytest.mark.parametrize("start", [0, 1], ids=["aligned", "unaligned"])
+def test_scaled_gradients(start: int, dtype: torch.dtype) -> None:
+    """Blocks of whole vectors and a rest, of less than a vector too; the factor is a number of any dtype, and 1 leaves all as it
+    is."""
+    for count in (1, 7, 4099, 8192, 8201, 33000):
+        given = torch.linspace(-3, 3, count + start).to(dtype)
+        for factor in (torch.tensor(0.3), torch.tensor(1.0), torch.tensor(-2.0, dtype=F64), torch.tensor(1.5, dtype=BF16)):
+            gradient = given.to("cuda")[start:]
+            true = (given[start:].to(F64 if dtype == F64 else F32) * factor.to(F64 if dtype == F64 else F32)).to(dtype)
+            assert torch.equal(torch.ops.kdfast.scale_gradient(gradient, factor.to("cuda")).cpu(), true), (count, factor)
+            assert torch.equal(gradient.cpu(), given[start:])
+            torch.ops.kdfast.scale_gradient_inplace(gradient, factor.to("cuda"))
+            assert torch.equal(gradient.cpu(), true), (count, factor)
+
+
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 @pytest.mark.parametrize("apart", [1.5e18, 4e18, 1e-22])
 def test_squares_at_the_ends_of_float32(apart: float, dtype: torch.dtype) -> None:

@@ -195,31 +195,51 @@ __global__ void sum_nothing_kernel(Task task, bool wide) {
   }
 }
 
-// Numbers go by 128 bits from the first boundary on.
+// The vectors that a thread takes at once: their loads are under way together, and a factor of 1 costs one thread for all.
+constexpr int kScaledAtOnce = 4;
+constexpr int kScaleThreads = 256;
+
 template <class H>
-__global__ void __launch_bounds__(256) scale_kernel(void* out, const void* in, DType dtype, Numbers factor, int64_t count) {
-  const float by = factor.at(0, 1.f);
-  if (by == 1 && out == in) return;
+__global__ void __launch_bounds__(kScaleThreads)
+    scale_kernel(void* out, const void* in, DType dtype, const float* float_factor, Numbers factor, float idle, int64_t count) {
+  const float by = float_factor ? *float_factor : factor.at(0, 1.f);
+  if (by == idle) return;
   const int64_t vectors = (count + H::width - 1) / H::width, size = H::packed ? 2 : size_of(dtype);
   const bool aligned = (reinterpret_cast<uintptr_t>(out) | reinterpret_cast<uintptr_t>(in)) % 16 == 0;
-  for (int64_t v = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; v < vectors; v += int64_t(gridDim.x) * blockDim.x) {
-    const int left = int(count - v * H::width < H::width ? count - v * H::width : H::width);
-    const char* from = static_cast<const char*>(in) + v * H::width * size;
-    char* to = static_cast<char*>(out) + v * H::width * size;
-    RowSpan span(H::packed, nullptr, dtype, nullptr, dtype, left);
-    span.whole = aligned && left == H::width;
-    GradientRow row;
-    row.row = to, row.dtype = dtype, row.width = left, row.aligned = aligned;
-    const H x = span.is_whole(0) ? load_whole<H>(from, dtype) : load_part<H>(from, dtype, span, 0, nothing<H>());
-    float y[H::width];
-    for (int i = 0; i < H::width; ++i) y[i] = x[i] * by;
-    if (span.is_whole(0))
-      row.store_whole<H>(y, to);
-    else
-      row.store_part<H>(y, to, span, 0);
+  RowSpan span(H::packed, nullptr, dtype, nullptr, dtype, 0);
+  GradientRow row;
+  row.dtype = dtype;
+  constexpr int64_t kOfBlock = kScaleThreads * kScaledAtOnce;
+  for (int64_t first = blockIdx.x * kOfBlock + threadIdx.x; first < vectors; first += gridDim.x * kOfBlock) {
+    // A vector that is not whole goes element by element.
+    const auto is_whole = [&](int64_t v) { return aligned && (v + 1) * H::width <= count; };
+    const auto set_left = [&](int64_t v) { span.classes = int(min(int64_t(H::width), count - v * H::width)); };
+    H x[kScaledAtOnce];
+#pragma unroll
+    for (int i = 0; i < kScaledAtOnce; ++i) {
+      const int64_t v = first + i * kScaleThreads;
+      if (v >= vectors) break;
+      const char* from = static_cast<const char*>(in) + v * H::width * size;
+      set_left(v);
+      x[i] = is_whole(v) ? load_whole<H>(from, dtype) : load_part<H>(from, dtype, span, 0, nothing<H>());
+    }
+#pragma unroll
+    for (int i = 0; i < kScaledAtOnce; ++i) {
+      const int64_t v = first + i * kScaleThreads;
+      if (v >= vectors) break;
+      char* to = static_cast<char*>(out) + v * H::width * size;
+      float y[H::width];
+      for (int k = 0; k < H::width; ++k) y[k] = x[i][k] * by;
+      set_left(v);
+      if (is_whole(v))
+        row.store_whole<H>(y, to);
+      else
+        row.store_part<H>(y, to, span, 0);
+    }
   }
 }
-__global__ void __launch_bounds__(256) scale_wide_kernel(double* out, const double* in, Numbers factor, int64_t count) {
+__global__ void __launch_bounds__(kScaleThreads)
+    scale_wide_kernel(double* out, const double* in, Numbers factor, int64_t count) {
   const double by = factor.at(0, 1.0);
   if (by == 1 && out == in) return;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x)
@@ -267,14 +287,17 @@ void sum_nothing(const Task& task, bool wide, cudaStream_t stream) {
 void scale_gradient(void* out, const void* in, DType dtype, const Numbers& factor, int64_t count, void* stream) {
   if (count == 0) return;
   Plan plan;
-  plan.threads = 256;
-  // Two to four vectors a thread, more where there are blocks enough: most calls find a factor of 1, and then a thread costs as
-  // much as a vector.
-  const int64_t few = dtype == DType::f64 ? 1024 : 4096, per_block = count < (1 << 23) ? few : 8 * few;
+  plan.threads = kScaleThreads;
+  // A thread takes kScaledAtOnce vectors, more where there are blocks enough: most calls find a factor of 1, and then a thread
+  // costs as much as a vector.
+  const int64_t few = kScaleThreads * kScaledAtOnce * (16 / size_of(dtype)), per_block = count < (1 << 23) ? few : 8 * few;
   const int64_t blocks = (count + per_block - 1) / per_block;
   plan.blocks = unsigned(blocks < (1 << 20) ? blocks : 1 << 20);
   Numbers by = factor;
-  void *typed[] = {&out, &in, &dtype, &by, &count}, *wide[] = {&out, &in, &by, &count};
+  // What a factor nearly always is, so that a thread need not ask.
+  const float* of_float = factor.type == NumberType::f32 ? static_cast<const float*>(factor.data) : nullptr;
+  float idle = out == in ? 1 : NAN;  // the factor that leaves nothing to do
+  void *typed[] = {&out, &in, &dtype, &of_float, &by, &idle, &count}, *wide[] = {&out, &in, &by, &count};
   const void* kernel = dtype == DType::bf16  ? (const void*)scale_kernel<HeldBF16>
                        : dtype == DType::f16 ? (const void*)scale_kernel<HeldF16>
                        : dtype == DType::f32 ? (const void*)scale_kernel<HeldFloat>
