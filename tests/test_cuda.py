@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import helpers
+import on_host
 import pytest
 import torch
 from helpers import BF16, F16, F32, F64, INF, Where
@@ -49,8 +50,7 @@ def test_every_row_length(k: int, dtype: torch.dtype) -> None:
         helpers.check(CUDA, "kd_loss", s, t, soft=soft, grads=grads, row_weight=weight, label_smoothing=0.1)
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize(
+losses = pytest.mark.parametrize(
     "name, options",
     [
         ("kl_div_tau", {"tau": 2.0}),
@@ -61,12 +61,28 @@ def test_every_row_length(k: int, dtype: torch.dtype) -> None:
         ("kd_loss", {"soft": "mse"}),
     ],
 )
+reductions = pytest.mark.parametrize("reduction", ["none", "mean"])
+
+
+@reductions
+@losses
 def test_gradcheck(name: str, options: dict[str, Any], reduction: str) -> None:
     """The inputs are moved inside the function, so that finite differences are taken on the CPU."""
     s, t = (x.requires_grad_() for x in helpers.logits("typical", (2, 5), (F64, F64)))
     options = options | {"reduction": reduction, "row_weight": torch.tensor([1.0, 0.5])}
     for sides in ((s, t), (s, t.detach())):  # recomputed, and written during the forward
         assert torch.autograd.gradcheck(lambda s, t: CUDA.call(name, s.cuda(), t.cuda(), **options).cpu(), sides)
+
+
+@reductions
+@losses
+def test_gradgradcheck(name: str, options: dict[str, Any], reduction: str) -> None:
+    s, t = (x.cuda().requires_grad_() for x in helpers.logits("typical", (2, 3), (F64, F64)))
+    options = options | {"reduction": reduction, "row_weight": torch.tensor([1.0, 0.5])}
+    with on_host.where_needed():
+        for sides in ((s, t), (s, t.detach())):
+            assert torch.autograd.gradcheck(lambda s, t: CUDA.call(name, s, t, **options), sides)
+            assert torch.autograd.gradgradcheck(lambda s, t: CUDA.call(name, s, t, **options), sides)
 
 
 @pytest.mark.parametrize("pair", [(F16, F16), (F32, BF16), (BF16, F32), (BF16, F16), (F64, F64), (F64, BF16)], ids=str)

@@ -6,6 +6,7 @@ python triton_runs.py interpreter | emulator COUNTS | compile CC
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -21,6 +22,7 @@ from unittest import mock
 
 import helpers as h
 import numpy as np
+import on_host
 import operators
 import pytest
 import torch
@@ -634,8 +636,26 @@ def emulate(counts: Path) -> None:
     h.check(where, "logit_huber", *h.logits("typical", (3, 5000)), center=True, kind="smooth_l1", grads="st")
     h.check(where, "kl_div_tau", *h.logits("typical", (3, 900), h.PAIRS["fp64"]), tau=4.0, grads="s")
     tuned(where)
+    derivatives(where)
     for name in operators.registered("kdfast_triton"):
         operators.opcheck(name, where)
+
+
+def derivatives(where: h.Where) -> None:
+    """First and second, the second by the reference. (Of shorter rows of float64, several warps hold the same weights, and Triton has
+    each write them to the same bytes, which the emulator takes for a race.)"""
+    student, teacher = (x.to("cuda").requires_grad_() for x in h.logits("typical", (1, 17), h.PAIRS["fp64"]))
+    with on_host.where_needed():
+        for loss, options in (
+            ("kl_div_tau", {"tau": 2.0}),
+            ("logit_mse", {"center": True}),
+            ("logit_huber", {"delta": 0.7}),
+            ("kd_loss", {"tau": 2.0, "label_smoothing": 0.1}),
+            ("kd_loss", {"soft": "mse"}),
+        ):
+            call = functools.partial(where.call, loss, reduction="mean", row_weight=torch.tensor([0.5]), **options)
+            for sides in ((student, teacher), (student, teacher.detach())):
+                assert torch.autograd.gradcheck(call, sides) and torch.autograd.gradgradcheck(call, sides)
 
 
 def tuned(where: h.Where) -> None:
