@@ -113,7 +113,7 @@ struct KlDivTau {
     Difference() = default;
     // s_j and t_j: logits of the class where the teacher's is largest; size: the largest finite magnitude.
     __device__ __forceinline__ Difference(const Parameters& p, float s_j, float t_j, float size) : ratio(p.ratio) {
-      if (p.exact) {
+      if (p.exact) {  // what `origin` gives for no offset, without its selections
         s_offset = t_offset = 0;
         centre = s_j - t_j;
         return;

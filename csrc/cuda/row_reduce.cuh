@@ -344,6 +344,8 @@ struct HeldFloat {
   }
 };
 
+static_assert(HeldBF16::width == 8 && HeldF16::width == 8 && HeldFloat::width == 4, "RowSpan counts on these widths");
+
 template <class Held>
 __device__ __forceinline__ Held nothing() {
   Held v;
