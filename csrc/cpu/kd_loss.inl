@@ -8,10 +8,11 @@ namespace {
 template <class F, class V, class S>
 struct HardPart {
   static constexpr int kStats = HardStat::count;
+  static constexpr bool kept = false;
   static constexpr F inf = F(__builtin_inf()), nan = F(__builtin_nan("")), log2_e = F(1.4426950408889634);
 
   struct Sums {
-    Sum<V> others, below_max;                    // of the exponentials but the target's; of s_max - s
+    Sum<V> others, below_max;                    // of the exponentials (the target's too, where they are kept); of s_max - s
     F target_exponential = nan, target_s = nan;  // they stay NaN where the target is no class
 
     KDFAST_INLINE void carry() {
@@ -66,9 +67,9 @@ struct HardPart {
     }
     KDFAST_INLINE V operator()(V s, V v) const {
       if (degree == 0) return powers(s);
-      if (degree == 1) return v;
-      const V squared = v * v;
-      return degree == 2 ? squared : squared * squared;
+      if (degree > 1) v *= v;
+      if (degree > 2) v *= v;
+      return v;
     }
   };
   // Adds a vector to the sums, and keeps its exponentials where there is a scratch row for them. shared: those of the soft
@@ -81,12 +82,13 @@ struct HardPart {
   template <class Lanes>
   KDFAST_INLINE void add_plain(const PlainExponentials& exponentials, Sums& sums, F* kept_e, int64_t i, Lanes lanes, V s,
                                V v) const {
-    if (counts) add_exponentials(sums, kept_e, i, lanes, s, only(lanes, exponentials(s, v)));
+    add_exponentials(sums, kept_e, i, lanes, s, only(lanes, exponentials(s, v)));
   }
   template <class Lanes>
   KDFAST_INLINE void add_exponentials(Sums& sums, F* kept_e, int64_t i, Lanes lanes, V s, V e) const {
-    if (kept_e != nullptr) store(kept_e + i, e, lanes);
-    if (holds_target(i)) {
+    if (kept_e != nullptr) {
+      store(kept_e + i, e, lanes);
+    } else if (holds_target(i)) {
       const auto at = target_lane(i);
       sums.target_s = largest(at ? s : splat<V>(-inf));
       sums.target_exponential = sum(at ? e : V{});
@@ -95,14 +97,38 @@ struct HardPart {
     sums.others += e;
     if (smoothing != 0) sums.below_max += stat[HardStat::s_max] - load<V>(student + i, lanes, stat[HardStat::s_max]);
   }
-  // Whether a plain row's exponentials are within what their powers can show.
-  bool within_range(const Sums& sums) const {
-    const F z = sums.others.value() + sums.target_exponential;
-    return !counts || !(z >= PowersFrom::kMostSquares || z < 1 / kMostPower);
+  // Takes the target's exponential from the sum of those kept, and puts in its place what the gradient's formula makes into
+  // the gradient there. Where it is most of the sum, the others are added again: nothing cancels.
+  void take_target(Sums& sums, F& others, F* kept_e) const {
+    others = sums.others.value();
+    if (kept_e == nullptr || uint64_t(target) >= uint64_t(classes)) return;
+    F& at_target = kept_e[target];
+    sums.target_s = load<V>(student + target, First{1}, 0)[0];
+    sums.target_exponential = at_target;
+    others -= at_target;
+    if (others < at_target) {
+      at_target = 0;
+      Sum<V> again;
+      for_each_vector<V>(
+          classes, 0, [&](int64_t i, auto lanes) { again += load<V>(kept_e + i, lanes, 0); }, again);
+      others = again.value();
+    }
+    at_target = smoothing * (others + sums.target_exponential) - others;
   }
-  void finish_row(const Sums& sums) {
-    if (!counts) return;
-    const F others = sums.others.value() * unit, e_target = sums.target_exponential * unit, z = others + e_target;
+  // The same of a plain row, or false: its exponentials are not within what their powers can show.
+  bool finish_plain_row(Sums& sums, F* kept_e) {
+    if (!counts) return true;
+    const F z = finish_row(sums, kept_e);
+    return !(z >= PowersFrom::kMostSquares || z < 1 / kMostPower);
+  }
+  // Returns the sum of the exponentials, in their own units.
+  F finish_row(Sums& sums, F* kept_e) {
+    if (!counts) return 0;
+    F others;
+    take_target(sums, others, kept_e);
+    const F sum = others + sums.target_exponential, e_target = sums.target_exponential * unit;
+    others *= unit;
+    const F z = others + e_target;
     const F gap = stat[HardStat::s_max] - sums.target_s;
     // The loss of a likely target is small, and log z and the gap are not.
     const bool likely = others < e_target;
@@ -111,6 +137,7 @@ struct HardPart {
     if (smoothing != 0) loss = (1 - smoothing) * loss + smoothing * (log_z + sums.below_max.value() / F(classes));
     stat[HardStat::inv_z] = 1 / z;
     stat[HardStat::slope] = -others / z;
+    return sum;
   }
   // Both passes, for a soft part that has none to share.
   void read_row() {
@@ -124,7 +151,7 @@ struct HardPart {
       add(sums, nullptr, i, lanes, s, V{});
     };
     for_each_vector<V>(classes, 0, add_vector, sums);
-    finish_row(sums);
+    finish_row(sums, nullptr);
   }
 
   void load_stats(const F* from) { __builtin_memcpy(stat, from, sizeof stat); }
@@ -145,9 +172,35 @@ struct HardPart {
   template <class Weights, class Lanes>
   KDFAST_INLINE V gradient(const Weights& weights, int64_t i, Lanes lanes, V s) const {
     V g = weights.exponential(*this, i, lanes, s) * factor - elsewhere;
-    if (holds_target(i)) g = target_lane(i) ? splat<V>(at_target) : g;
+    if constexpr (!Weights::kept)
+      if (holds_target(i)) g = target_lane(i) ? splat<V>(at_target) : g;
     return g;
   }
+  // What a plain row's gradient has of the hard part: `elsewhere` to subtract, and the exponentials times `factor`.
+  struct PlainGradient {
+    F factor = 0, elsewhere = 0;
+    F exponential_at_target = 0;  // what take_target leaves in its place
+    int64_t target = 0;
+    bool writes = false;
+
+    PlainGradient() = default;
+    explicit PlainGradient(const HardPart& hard) : writes(hard.writes) {
+      if (!writes) return;
+      factor = hard.factor;
+      elsewhere = hard.elsewhere;
+      target = hard.target;
+      exponential_at_target = (hard.stat[HardStat::slope] + hard.smoothing) / (hard.stat[HardStat::inv_z] * hard.unit);
+    }
+    template <class Weights, class Lanes>
+    KDFAST_INLINE V add(V g, const Weights& weights, int64_t i, Lanes lanes, V s) const {
+      if (!writes) return g;
+      V e = weights.exponential(i, lanes, s);
+      if constexpr (!Weights::kept)
+        if (uint64_t(target - i) < uint64_t(kLanes<V>))
+          e = lane_numbers<V>() == ScalarOf<IntOf<V>>(target - i) ? splat<V>(exponential_at_target) : e;
+      return multiply_add(e, factor, g);
+    }
+  };
   template <class Weights>
   void write_gradient(const Weights& weights, const GradientRow<S>& grad_student) const {
     if (!grad_student) return;

@@ -129,19 +129,23 @@ struct KlRow {
   }
 
   // sum_row of a plain row: keeps w and v. Sums w (s - t) in the place of w x, and the products that show how far p is from q.
-  template <class Hard>
+  // Writes an earlier row's gradient on the way, from the numbers that it puts its own in the place of.
+  template <class Hard, class Gradient>
   __attribute__((noinline)) void sum_plain_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, Pointer<const S> next_student,
-                                               Pointer<const S> next_teacher) {
+                                               Pointer<const S> next_teacher, const Gradient& gradient_of_earlier) {
     typename Hard::Sums hard_sums;
     const KlRow row(*this);  // where no store can touch it
     const PlainPowers powers(*this);
     const typename Hard::PlainExponentials exponentials(hard, powers.student);
     hard.start(stat[KlStat::s_max], exponentials.unit);
+    const Gradient earlier(gradient_of_earlier);
+    earlier.begin();
     Sum<V> sum_w, sum_wd, sum_v;
     V sum_ww{}, sum_wv{}, sum_vv{};
     const auto add = [&](int64_t i, auto lanes) {
-      __builtin_prefetch(address(next_student + i), 0, 2);
-      __builtin_prefetch(address(next_teacher + i), 0, 2);
+      __builtin_prefetch(address(next_student + i), 0, 3);
+      __builtin_prefetch(address(next_teacher + i), 0, 3);
+      earlier.write(i);
       const V s = row.student_logits(i, lanes, 0), t = row.teacher_logits(i, lanes, 0);
       const V w = only(lanes, powers.teacher(t)), v = only(lanes, powers.student(s));
       sum_w += w;
@@ -157,10 +161,12 @@ struct KlRow {
       if constexpr (Hard::kStats > 0) hard.add_plain(exponentials, hard_sums, kept_e, i, lanes, s, v);
     };
     for_each_vector<V>(classes, 0, add, sum_w, sum_wd, sum_v, hard_sums);
-    if constexpr (Hard::kStats > 0) hard.finish_row(hard_sums);
+    earlier.finish();
+    bool within_range = true;
+    if constexpr (Hard::kStats > 0) within_range = hard.finish_plain_row(hard_sums, kept_e);
     s0 = sum_w.value();
     s1 = sum_wd.value();
-    z = hard.within_range(hard_sums) ? sum_v.value() : inf;  // (no plain row)
+    z = within_range ? sum_v.value() : inf;  // (no plain row)
     ww = sum(sum_ww);
     wv = sum(sum_wv);
     vv = sum(sum_vv);
@@ -302,7 +308,7 @@ struct KlRow {
       if constexpr (Hard::kStats > 0) hard.add(hard_sums, kept_e, i, lanes, student_logits(i, lanes), (w + u) * exp_back);
     };
     for_each_vector<V>(classes, 0, add, sum_w, sum_wx, sum_w_phi, hard_sums);
-    if constexpr (Hard::kStats > 0) hard.finish_row(hard_sums);
+    if constexpr (Hard::kStats > 0) hard.finish_row(hard_sums, kept_e);
     s0 = sum_w.value();
     s1 = sum_wx.value();
     excess = sum_w_phi.value();
@@ -334,7 +340,7 @@ struct KlRow {
       if constexpr (Hard::kStats > 0) hard.add(hard_sums, kept_e, i, lanes, s, v);
     };
     for_each_vector<V>(classes, 0, add, sum_w, sum_wx, sum_v, sum_w_phi, hard_sums);
-    if constexpr (Hard::kStats > 0) hard.finish_row(hard_sums);
+    if constexpr (Hard::kStats > 0) hard.finish_row(hard_sums, kept_e);
     s0 = sum_w.value();
     s1 = sum_wx.value();
     z = sum_v.value();
@@ -435,22 +441,6 @@ struct KlRow {
     grad_student.zero(classes);
   }
 
-  // The pass for the student's gradient in a plain row.
-  template <class Weights, class Hard>
-  void write_plain_gradient(Weights weights, const Hard& hard, F factor, const GradientRow<S>& grad_student) const {
-    const KlRow row(*this);  // where no store can touch it
-    const F p = factor / s0, q = factor / z;
-    const auto write = [&](int64_t i, auto lanes) {
-      const V s = row.student_logits(i, lanes, 0), w = weights.teacher(i, lanes, row.teacher_logits(i, lanes, 0));
-      V g = weights.student(i, lanes, s) * q - w * p;
-      if constexpr (Hard::kStats > 0)
-        if (hard.writes) g += hard.gradient(weights, i, lanes, s);
-      grad_student.put(i, g, lanes);
-    };
-    for_each_vector<V>(classes, grad_student.template head<V>(), write);
-    grad_student.zero(classes);
-  }
-
   // The pass for the gradients: the student's where it is wanted, the teacher's where `for_teacher`. weights.teacher(i, lanes,
   // t) and weights.student(i, lanes, s) are w and v.
   template <bool for_teacher, class Weights, class Hard>
@@ -502,7 +492,11 @@ struct KlDivTau {
       return load<V>(v + i, lanes, 0);
     }
     template <class Lanes>
-    KDFAST_INLINE V exponential(const Hard&, int64_t i, Lanes lanes, V) const {
+    KDFAST_INLINE V exponential(const Hard&, int64_t i, Lanes lanes, V s) const {
+      return exponential(i, lanes, s);
+    }
+    template <class Lanes>
+    KDFAST_INLINE V exponential(int64_t i, Lanes lanes, V) const {
       return load<V>(e + i, lanes, 0);
     }
   };
@@ -524,6 +518,7 @@ struct KlDivTau {
   };
 
   struct RecomputedPlain {
+    static constexpr bool kept = false;
     const typename Row::PlainPowers powers;
     const typename Hard::PlainExponentials exponentials;
     template <class Lanes>
@@ -535,7 +530,11 @@ struct KlDivTau {
       return only(lanes, powers.student(s));
     }
     template <class Lanes>
-    KDFAST_INLINE V exponential(const Hard&, int64_t, Lanes lanes, V s) const {
+    KDFAST_INLINE V exponential(const Hard&, int64_t i, Lanes lanes, V s) const {
+      return exponential(i, lanes, s);
+    }
+    template <class Lanes>
+    KDFAST_INLINE V exponential(int64_t, Lanes lanes, V s) const {
       return only(lanes, exponentials(s, powers.student(s)));
     }
   };
@@ -585,24 +584,92 @@ struct KlDivTau {
     row.write_narrow_gradient(each, weights, hard, grad_row * F(args.grad_scale) * F(args.scale / args.tau), grad_student);
   }
 
+  // The student's gradient of a plain row, a vector at a time. The two multiply-adds are spelt out: whichever function this is
+  // part of, the bits are the same.
   template <class Weights>
-  __attribute__((noinline)) static void plain_gradient(const Args& args, int64_t r, F weight, const Row& row, Hard& hard,
-                                                       Weights weights) {
-    const F grad_row = args.grad_loss.at(r, F(1)) * weight;
-    const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
-    if constexpr (Hard::kStats > 0) {
-      hard.scale(grad_row * F(args.hard_grad_scale));
-      if (hard.alone) return hard.write_gradient(weights, grad_student);
+  struct PlainGradient {
+    Weights weights{};
+    typename Hard::PlainGradient hard{};
+    GradientRow<S> grad_student{};
+    Pointer<const S> student{}, teacher{};
+    int64_t classes = 0;
+    F p = 0, q = 0;
+
+    PlainGradient() = default;
+    PlainGradient(const Args& args, int64_t r, F weight, const Row& row, const Hard& hard_part, Weights weights)
+        : weights(weights), hard(hard_part), grad_student(args.grad_student, args.rows, r, args.student.data),
+          student(row.student), teacher(row.teacher), classes(row.classes) {
+      const F factor = args.grad_loss.at(r, F(1)) * weight * F(args.grad_scale) * F(args.scale / args.tau);
+      p = factor / row.s0;
+      q = factor / row.z;
     }
-    row.write_plain_gradient(weights, hard, grad_row * F(args.grad_scale) * F(args.scale / args.tau), grad_student);
+    template <class Lanes>
+    KDFAST_INLINE void operator()(int64_t i, Lanes lanes) const {
+      V s{}, t{};
+      if constexpr (!Weights::kept) {
+        s = load<V>(student + i, lanes, 0);
+        t = load<V>(teacher + i, lanes, 0);
+      }
+      V g = multiply_add(weights.teacher(i, lanes, t), -p, splat<V>(-hard.elsewhere));
+      g = multiply_add(weights.student(i, lanes, s), q, g);
+      if constexpr (Hard::kStats > 0) g = hard.add(g, weights, i, lanes, s);
+      grad_student.put(i, g, lanes);
+    }
+  };
+
+  template <class Weights>
+  __attribute__((noinline)) static void plain_gradient(const PlainGradient<Weights>& gradient) {
+    const PlainGradient<Weights> write(gradient);  // where no store can touch it
+    for_each_vector<V>(write.classes, write.grad_student.template head<V>(), write);
+    write.grad_student.zero(write.classes);
+  }
+
+  // A plain row's gradient left to be written by the pass for another's sums (`end` > 0): its way past the caches, into which
+  // a pass for the gradient alone would put a vector faster than memory takes it, then lies beside their arithmetic. Whole
+  // cache lines at a time: one begun and left would go to memory in parts.
+  struct Postponed {
+    static constexpr int64_t kLine = 64 / (sizeof(S) == 4 ? 4 : 2);  // classes
+
+    PlainGradient<Kept> gradient{};
+    int64_t head = 0, end = 0;
+
+    Postponed() = default;
+    explicit Postponed(const PlainGradient<Kept>& gradient)
+        : gradient(gradient), head(gradient.grad_student.before_line()), end(gradient.classes) {}
+    void begin() const {
+      const int64_t first = head % kLanes<V>;
+      if (first > 0) gradient(0, First{int(first)});
+      write_up_to(head, first);
+    }
+    // In time for the numbers at class i and after it to be replaced.
+    KDFAST_INLINE void write(int64_t i) const {
+      if (i % kLine != 0) return;
+      i += head;
+      if (i + kLine > end) return write_up_to(end, i);
+      for (int64_t j = 0; j < kLine; j += kLanes<V>) gradient(i + j, Full{});
+    }
+    KDFAST_INLINE void write_up_to(int64_t stop, int64_t i) const {
+      for (; i + kLanes<V> <= stop; i += kLanes<V>) gradient(i, Full{});
+      if (i < stop) gradient(i, First{int(stop - i)});
+    }
+    void finish() const { gradient.grad_student.zero(end); }
+  };
+  struct NothingPostponed {
+    void begin() const {}
+    KDFAST_INLINE void write(int64_t) const {}
+    void finish() const {}
+  };
+  static void write_postponed(Postponed& postponed) {
+    if (postponed.end > 0) plain_gradient(postponed.gradient);
+    postponed.end = 0;
   }
 
   // Rows of few classes go through each pass together: what a row waits for between two passes is then another row's work.
   static constexpr int kTogether = 16, kTogetherClasses = 1024;
   static constexpr int kKeptRows = Hard::kStats > 0 ? 3 : 2;
-  // Rows longer than this (with their logits: three quarters of a 2 MiB cache) do not keep w and v, which would drive the
-  // logits out of it.
-  static constexpr int64_t kKeptBytes = 3 << 19;
+  // Rows longer than this (with their logits) do not keep w and v, which would drive the logits too far from the cache.
+  // (128256 classes of float32 are below it, and 7 % faster for it where the second level's cache has 1 MiB.)
+  static constexpr int64_t kKeptBytes = 5 << 19;
 
   // Writes the student's gradient too, where it is wanted; unless `keep`, the teacher's beside it.
   static void forward(const Args& args, int64_t begin, int64_t end, bool keep) {
@@ -616,12 +683,14 @@ struct KlDivTau {
         sizeof(F) == 4 && temperatures.equal && classes >= Row::kFewestClasses && !for_teacher && args.row_stats == nullptr;
     // Long rows whose gradient needs the logits again: two of the next row's would drive them out of the cache.
     const bool reads_again = args.grad_student.data != nullptr && !keep;
-    Scratch<F> scratch(keep ? together * classes * kKeptRows : 0);
+    const int64_t stride = (classes + kLanes<V> - 1) / kLanes<V> * kLanes<V>;  // no vector across two cache lines
+    Scratch<F> scratch(keep ? together * stride * kKeptRows : 0);
     F weight[kTogether];
     Row rows[kTogether];
     for (int64_t i = 0; i < together; ++i) rows[i] = Row(temperatures, classes);
     Hard hard[kTogether];
-    const auto kept = [&](int64_t i, int which) { return keep ? scratch.data + (kKeptRows * i + which) * classes : nullptr; };
+    Postponed postponed[kTogether];
+    const auto kept = [&](int64_t i, int which) { return keep ? scratch.data + (kKeptRows * i + which) * stride : nullptr; };
     const auto kept_w = [&](int64_t i) { return kept(i, 0); };
     const auto kept_v = [&](int64_t i) { return kept(i, 1); };
     const auto kept_e = [&](int64_t i) { return kept(i, kKeptRows - 1); };
@@ -632,9 +701,17 @@ struct KlDivTau {
         Row& row = rows[i];
         Pointer<const S> next_student = row_of<S>(args.student, next(i));
         if constexpr (sizeof(F) == 4)  // (rows of doubles are neither plain nor narrow)
-          if (row.plain)
-            return row.sum_plain_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student,
-                                     row_of<S>(args.teacher, reads_again ? first + i : next(i)));
+          if (row.plain) {
+            Pointer<const S> next_teacher = row_of<S>(args.teacher, reads_again ? first + i : next(i));
+            const auto sum = [&](const auto& earlier) {
+              row.sum_plain_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student, next_teacher, earlier);
+            };
+            if (postponed[i].end == 0) return sum(NothingPostponed{});
+            sum(postponed[i]);
+            postponed[i].end = 0;
+            return;
+          }
+        write_postponed(postponed[i]);
         hard[i].start(row.stat[KlStat::s_max]);
         if constexpr (sizeof(F) == 4)
           if (row.narrow) return row.sum_narrow_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
@@ -677,10 +754,23 @@ struct KlDivTau {
       if (!args.grad_student.data) continue;
       const auto write_plain = [&](int64_t i) {
         if constexpr (sizeof(F) == 4) {
-          if (keep) return plain_gradient(args, first + i, weight[i], rows[i], hard[i], Kept{kept_w(i), kept_v(i), kept_e(i)});
+          const int64_t r = first + i;
+          const Kept numbers{kept_w(i), kept_v(i), kept_e(i)};
           const typename Row::PlainPowers powers(rows[i]);
-          const typename Hard::PlainExponentials exponentials(hard[i], powers.student);
-          plain_gradient(args, first + i, weight[i], rows[i], hard[i], RecomputedPlain{powers, exponentials});
+          const RecomputedPlain recomputed{powers, typename Hard::PlainExponentials(hard[i], powers.student)};
+          if constexpr (Hard::kStats > 0) {
+            hard[i].scale(args.grad_loss.at(r, F(1)) * weight[i] * F(args.hard_grad_scale));
+            if (hard[i].alone) {
+              const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
+              return keep ? hard[i].write_gradient(numbers, grad_student) : hard[i].write_gradient(recomputed, grad_student);
+            }
+          }
+          if (!keep) return plain_gradient(PlainGradient<RecomputedPlain>(args, r, weight[i], rows[i], hard[i], recomputed));
+          const PlainGradient<Kept> gradient(args, r, weight[i], rows[i], hard[i], numbers);
+          if (gradient.grad_student.streamed)
+            postponed[i] = Postponed(gradient);
+          else
+            plain_gradient(gradient);
         }
       };
       const auto write = [&](int64_t i, auto weights) {
@@ -699,6 +789,7 @@ struct KlDivTau {
           write(i, Recomputed{rows[i]});
       }
     }
+    for (int64_t i = 0; i < together; ++i) write_postponed(postponed[i]);
   }
 
   template <bool for_teacher>

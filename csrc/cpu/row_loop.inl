@@ -18,6 +18,7 @@ struct GradientRow {
   int64_t width = 0;
   bool streamed = false;
 
+  GradientRow() = default;
   GradientRow(const Gradient& gradient, int64_t rows, int64_t row, const void* student) {
     if (gradient.data == nullptr) return;
     data = pointer_to<S>(gradient.data, gradient.dtype) + gradient.rows.offset(row);
@@ -32,6 +33,8 @@ struct GradientRow {
     const uintptr_t each = bytes_each(data), bytes = each * kLanes<V>;
     return streamed ? int64_t((bytes - uintptr_t(address(data)) % bytes) % bytes / each) : 0;
   }
+  // Classes before the first that begins a cache line.
+  int64_t before_line() const { return int64_t((64 - uintptr_t(address(data)) % 64) % 64) / bytes_each(data); }
   template <class V>
   KDFAST_INLINE void put(int64_t i, V v, Full lanes) const {
     if (streamed)
@@ -78,12 +81,16 @@ struct NoHardPart {
     static constexpr F unit = 1;
     PlainExponentials(const NoHardPart&, const PowersFrom&) {}
   };
+  struct PlainGradient {
+    static constexpr F elsewhere = 0;
+    PlainGradient() = default;
+    explicit PlainGradient(const NoHardPart&) {}
+  };
 
   NoHardPart() = default;
   template <class Args>
   NoHardPart(const Args&, int64_t, Pointer<const S>) {}
   void start(F, F = 1) {}
-  bool within_range(const Sums&) const { return true; }
   void read_row() {}
   void load_stats(const F*) {}
   void store_stats(void*, int64_t) const {}

@@ -205,6 +205,24 @@ KDFAST_INLINE V multiply_subtract(V x, ScalarOf<V> a, ScalarOf<V> b) {
 #endif
 }
 
+// x * a + b, likewise.
+template <class V>
+KDFAST_INLINE V multiply_add(V x, ScalarOf<V> a, V b) {
+#if defined(KDFAST_AVX512)
+  if constexpr (sizeof(ScalarOf<V>) == 4)
+    return _mm512_fmadd_ps(x, splat<V>(a), b);
+  else
+    return _mm512_fmadd_pd(x, splat<V>(a), b);
+#elif defined(KDFAST_AVX2)
+  if constexpr (sizeof(ScalarOf<V>) == 4)
+    return _mm256_fmadd_ps(x, splat<V>(a), b);
+  else
+    return _mm256_fmadd_pd(x, splat<V>(a), b);
+#else
+  return x * a + b;
+#endif
+}
+
 // 2^x by the shorter series, for |x| below kShortExp2Limit.
 inline constexpr float kShortExp2Limit = 125;
 KDFAST_INLINE VecF short_exp2(VecF x) {
@@ -293,14 +311,17 @@ KDFAST_INLINE typename Half<V>::Bits narrow(typename Half<V>::Floats x, BF16) {
 #endif
   using Words = typename Half<V>::Words;
   const Words w = (Words)x;
-  const Words rounded = w + 0x7FFFu + ((w >> 16) & 1u), result = x == x ? rounded : Words{} + 0x7FC00000u;  // the upper halves
+  const Words rounded = w + 0x7FFFu + ((w >> 16) & 1u);  // the upper halves, but of a NaN
 #if defined(KDFAST_AVX512)
-  if constexpr (sizeof(w) == 64) {  // the odd words, in one instruction instead of three
+  if constexpr (sizeof(w) == 64) {  // the odd words, and NaN's, in one instruction instead of four
     const __m512i words = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17, 15,
                                            13, 11, 9, 7, 5, 3, 1);
-    return (typename Half<V>::Bits)_mm512_castsi512_si256(_mm512_permutexvar_epi16(words, (__m512i)result));
+    const __mmask32 numbers = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_ORD_Q);
+    return (typename Half<V>::Bits)_mm512_castsi512_si256(
+        _mm512_mask_permutexvar_epi16(_mm512_set1_epi16(0x7FC0), numbers, words, (__m512i)rounded));
   }
 #endif
+  const Words result = x == x ? rounded : Words{} + 0x7FC00000u;
   return __builtin_convertvector(result >> 16, typename Half<V>::Bits);
 }
 template <class V>
@@ -522,19 +543,17 @@ struct Sum {
   static constexpr int64_t kBlock = 16 * kLanes<V>;
 
   V part{};
-  VecD low{}, high{};
+  VecD carried{};
 
   KDFAST_INLINE void operator+=(V x) { part += x; }
   KDFAST_INLINE void carry() {
-    if constexpr (sizeof(ScalarOf<V>) == 4) {
-      low += widened<0>(part);
-      high += widened<1>(part);
-    } else {
-      low += part;
-    }
+    if constexpr (sizeof(ScalarOf<V>) == 4)
+      carried = (carried + widened<0>(part)) + widened<1>(part);
+    else
+      carried += part;
     part = V{};
   }
-  KDFAST_INLINE ScalarOf<V> value() const { return ScalarOf<V>(sum(low + high)); }
+  KDFAST_INLINE ScalarOf<V> value() const { return ScalarOf<V>(sum(carried)); }
 };
 
 // Calls body(i, lanes) for every vector of a row: i its first class, lanes Full or, for the `head` classes before the vectors
