@@ -597,8 +597,12 @@ struct KlDivTau {
 
     PlainGradient() = default;
     PlainGradient(const Args& args, int64_t r, F weight, const Row& row, const Hard& hard_part, Weights weights)
-        : weights(weights), hard(hard_part), grad_student(args.grad_student, args.rows, r, args.student.data),
-          student(row.student), teacher(row.teacher), classes(row.classes) {
+        : weights(weights),
+          hard(hard_part),
+          grad_student(args.grad_student, args.rows, r, args.student.data),
+          student(row.student),
+          teacher(row.teacher),
+          classes(row.classes) {
       const F factor = args.grad_loss.at(r, F(1)) * weight * F(args.grad_scale) * F(args.scale / args.tau);
       p = factor / row.s0;
       q = factor / row.z;
