@@ -868,6 +868,52 @@ def test_same_input_same_bits(kernel: Where, variant: str, pair: str, shape: tup
         torch.set_num_threads(threads)
 
 
+@pytest.mark.contract("same input, same bits, any number of threads")
+@pytest.mark.parametrize(
+    ("shape", "classes"), [((40000, 70), 70), ((9000, 300), 299), ((2400, 1003), 1003), ((80, 33000), 32999)]
+)
+@pytest.mark.parametrize("pair", ["fp32", "bf16", "fp32-bf16"])
+@pytest.mark.parametrize("loss", ["kl_div_tau", "kd_loss"])
+def test_a_large_gradient_is_that_of_its_parts(loss: str, pair: str, shape: tuple[int, int], classes: int) -> None:
+    """Gradients of 8 MiB are written past the caches, a row's beside the next row's sums: the bits of small calls, whatever
+    row comes next (one of no weight, one near the teacher, one far off, one whose target is sure or ignored)."""
+    rows, width = shape
+    generator = torch.Generator().manual_seed(rows)
+    s, t = (3 * torch.randn(rows, width, generator=generator) for _ in range(2))
+    near = torch.rand(rows, generator=generator) < 0.2
+    s[near] = t[near] + 1e-3 * s[near]
+    y = torch.randint(classes, (rows,), generator=generator)
+    sure = torch.rand(rows, generator=generator) < 0.3
+    s[sure, y[sure]] += 25
+    y[torch.rand(rows, generator=generator) < 0.1] = -100
+    weight = torch.rand(rows, generator=generator)
+    weight[weight < 0.1] = 0
+    s, t = s.to(PAIRS[pair][0]), t.to(PAIRS[pair][1])
+    assert s.numel() * s.element_size() >= (8 << 20) / 2
+
+    def gradient(at: slice) -> tuple[Tensor, Tensor]:
+        student = s[at].clone().requires_grad_()
+        options = {"tau": 4.0, "row_weight": weight[at], "num_classes": classes, "reduction": "none"}
+        if loss == "kd_loss":
+            options |= {"alpha": 0.3, "label_smoothing": 0.1}
+        value = getattr(kdfast, loss)(student, t[at], **target_of(loss, y[at]), **options, backend="cpp")
+        value.backward(torch.ones_like(value))
+        assert student.grad is not None
+        return value.detach(), student.grad
+
+    parts = [gradient(slice(i, i + 64)) for i in range(0, rows, 64)]
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            value, grad = gradient(slice(0, rows))
+            assert torch.equal(value, torch.cat([part[0] for part in parts]))
+            assert torch.equal(grad, torch.cat([part[1] for part in parts])), f"{count} threads"
+    finally:
+        torch.set_num_threads(threads)
+    assert grad[weight > 0].abs().amax(-1).min() > 0 and not grad[:, classes:].any() and not grad[weight == 0].any()
+
+
 def test_both_ways_to_the_gradient_agree(kernel: Where) -> None:
     """The gradient written during the forward and the recomputed one: the same within the budget (and each is judged in
     test_accuracy)."""

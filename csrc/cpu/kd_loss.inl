@@ -34,7 +34,10 @@ struct HardPart {
 
   HardPart() = default;
   HardPart(const KdLossArgs& args, int64_t r, Pointer<const S> logits)
-      : student(logits), classes(args.classes), target(args.target.at(r, int64_t(0))), smoothing(F(args.label_smoothing)) {
+      : student(logits),
+        classes(args.classes),
+        target(args.target.at(r, int64_t(0))),
+        smoothing(args.classes > 1 ? F(args.label_smoothing) : 0) {
     counts = target != args.ignore_index;
     if (args.soft == Soft::kl) degree = args.tau == 1 ? 1 : args.tau == 2 ? 2 : args.tau == 4 ? 4 : 0;
     writes = counts && args.alpha != 1;
