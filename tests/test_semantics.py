@@ -877,7 +877,7 @@ def test_same_input_same_bits(kernel: Where, variant: str, pair: str, shape: tup
 def test_a_large_gradient_is_that_of_its_parts(loss: str, pair: str, shape: tuple[int, int], classes: int) -> None:
     """Gradients of 8 MiB are written past the caches, a row's beside the next row's sums: the bits of small calls, whatever
     row comes next (one of no weight, one near the teacher, one far off, one whose target is sure or ignored)."""
-    rows, width = shape
+    rows, width = shape[0] * 4 // PAIRS[pair][0].itemsize, shape[1]
     generator = torch.Generator().manual_seed(rows)
     s, t = (3 * torch.randn(rows, width, generator=generator) for _ in range(2))
     near = torch.rand(rows, generator=generator) < 0.2
@@ -889,7 +889,7 @@ def test_a_large_gradient_is_that_of_its_parts(loss: str, pair: str, shape: tupl
     weight = torch.rand(rows, generator=generator)
     weight[weight < 0.1] = 0
     s, t = s.to(PAIRS[pair][0]), t.to(PAIRS[pair][1])
-    assert s.numel() * s.element_size() >= (8 << 20) / 2
+    assert s.numel() * s.element_size() >= 8 << 20
 
     def gradient(at: slice) -> tuple[Tensor, Tensor]:
         student = s[at].clone().requires_grad_()
@@ -912,6 +912,29 @@ def test_a_large_gradient_is_that_of_its_parts(loss: str, pair: str, shape: tupl
     finally:
         torch.set_num_threads(threads)
     assert grad[weight > 0].abs().amax(-1).min() > 0 and not grad[:, classes:].any() and not grad[weight == 0].any()
+
+
+@pytest.mark.parametrize("widths", [(1003, 1005), (1008, 1003), (1003, 1003)])
+@pytest.mark.parametrize("pair", ["fp32", "bf16", "fp32-bf16", "bf16-fp32"])
+def test_two_large_gradients_are_those_of_their_parts(objective: Objective, pair: str, widths: tuple[int, int]) -> None:
+    """The student's and the teacher's rows begin at different places of a cache line, where each is written past the
+    caches."""
+    rows, classes = 4800, min(widths)
+    generator = torch.Generator().manual_seed(rows)
+    s, t = (torch.randn(rows, k, generator=generator).to(d) for k, d in zip(widths, PAIRS[pair], strict=True))
+    y = torch.randint(classes, (rows,), generator=generator)
+    options = {**dict(objective.options), "num_classes": classes, "reduction": "sum", "backend": "cpp"}
+
+    def gradients(at: slice) -> tuple[Tensor | None, ...]:
+        student, teacher = (x[at].clone().requires_grad_() for x in (s, t))
+        getattr(kdfast, objective.loss)(student, teacher, **target_of(objective.loss, y[at]), **options).backward()
+        return student.grad, teacher.grad
+
+    whole = gradients(slice(0, rows))
+    parts = zip(*(gradients(slice(i, i + 64)) for i in range(0, rows, 64)), strict=True)
+    for grad, of_parts in zip(whole, parts, strict=True):
+        assert grad is not None and grad[:, :classes].abs().amax(-1).min() > 0 and not grad[:, classes:].any()
+        assert torch.equal(grad, torch.cat(of_parts))
 
 
 def test_both_ways_to_the_gradient_agree(kernel: Where) -> None:

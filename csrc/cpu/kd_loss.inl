@@ -112,7 +112,7 @@ struct HardPart {
     if (others < at_target) {
       at_target = 0;
       Sum<V> again;
-      for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) { again += load<V>(kept_e + i, lanes, 0); }, again);
+      for_each_vector<V>(0, classes, [&](int64_t i, auto lanes) { again += load<V>(kept_e + i, lanes, 0); }, again);
       others = again.value();
     }
     at_target = smoothing * (others + sums.target_exponential) - others;
@@ -145,14 +145,14 @@ struct HardPart {
   void read_row() {
     if (!counts) return;
     V top = splat<V>(-inf);
-    for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) { top = vmax(load<V>(student + i, lanes, -inf), top); });
+    for_each_vector<V>(0, classes, [&](int64_t i, auto lanes) { top = vmax(load<V>(student + i, lanes, -inf), top); });
     start(largest(top));
     Sums sums;
     const auto add_vector = [&](int64_t i, auto lanes) {
       const V s = load<V>(student + i, lanes, -inf);
       add(sums, nullptr, i, lanes, s, V{});
     };
-    for_each_vector<V>(classes, 0, add_vector, sums);
+    for_each_vector<V>(0, classes, add_vector, sums);
     finish_row(sums, nullptr);
   }
 
@@ -207,8 +207,8 @@ struct HardPart {
   void write_gradient(const Weights& weights, const GradientRow<S>& grad_student) const {
     if (!grad_student) return;
     if (!writes) return grad_student.zero(0);
-    for_each_vector<V>(classes, grad_student.template head<V>(), [&](int64_t i, auto lanes) {
-      grad_student.put(i, gradient(weights, i, lanes, load<V>(student + i, lanes, -inf)), lanes);
+    for_each_vector_of<V>(grad_student, classes, [&](int64_t i, auto lanes, bool past_caches) {
+      grad_student.put(i, gradient(weights, i, lanes, load<V>(student + i, lanes, -inf)), lanes, past_caches);
     });
     grad_student.zero(classes);
   }

@@ -160,7 +160,7 @@ struct KlRow {
       }
       if constexpr (Hard::kStats > 0) hard.add_plain(exponentials, hard_sums, kept_e, i, lanes, s, v);
     };
-    for_each_vector<V>(classes, 0, add, sum_w, sum_wd, sum_v, hard_sums);
+    for_each_vector<V>(0, classes, add, sum_w, sum_wd, sum_v, hard_sums);
     earlier.finish();
     bool within_range = true;
     if constexpr (Hard::kStats > 0) within_range = hard.finish_plain_row(hard_sums, kept_e);
@@ -195,7 +195,7 @@ struct KlRow {
     V s_max = splat<V>(-inf), t_max = s_max, s_at_t_max = s_max, t_min = splat<V>(inf), d_max = s_max, d_min = t_min;
     // (What fills the last vector changes no extremum.)
     const F s_first = load<V>(student, First{1}, 0)[0], t_first = load<V>(teacher, First{1}, 0)[0];
-    for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
+    for_each_vector<V>(0, classes, [&](int64_t i, auto lanes) {
       __builtin_prefetch(address(next_teacher + i), 0, 2);
       const V s = student_logits(i, lanes, s_first), t = teacher_logits(i, lanes, t_first), d = s - t;
       s_at_t_max = t > t_max ? s : s_at_t_max;
@@ -239,7 +239,7 @@ struct KlRow {
   // A row with classes at -inf: the teacher's largest finite magnitude, and whether the student masks more than the teacher.
   __attribute__((noinline)) bool survey_masked(V& size) const {
     V missing = splat<V>(-inf);
-    for_each_vector<V>(classes, 0, [&](int64_t i, auto lanes) {
+    for_each_vector<V>(0, classes, [&](int64_t i, auto lanes) {
       const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
       missing = vmax(s == -inf ? t : splat<V>(-inf), missing);
       size = vmax(finite_magnitude(t), size);
@@ -307,7 +307,7 @@ struct KlRow {
       }
       if constexpr (Hard::kStats > 0) hard.add(hard_sums, kept_e, i, lanes, student_logits(i, lanes), (w + u) * exp_back);
     };
-    for_each_vector<V>(classes, 0, add, sum_w, sum_wx, sum_w_phi, hard_sums);
+    for_each_vector<V>(0, classes, add, sum_w, sum_wx, sum_w_phi, hard_sums);
     if constexpr (Hard::kStats > 0) hard.finish_row(hard_sums, kept_e);
     s0 = sum_w.value();
     s1 = sum_wx.value();
@@ -339,7 +339,7 @@ struct KlRow {
       }
       if constexpr (Hard::kStats > 0) hard.add(hard_sums, kept_e, i, lanes, s, v);
     };
-    for_each_vector<V>(classes, 0, add, sum_w, sum_wx, sum_v, sum_w_phi, hard_sums);
+    for_each_vector<V>(0, classes, add, sum_w, sum_wx, sum_v, sum_w_phi, hard_sums);
     if constexpr (Hard::kStats > 0) hard.finish_row(hard_sums, kept_e);
     s0 = sum_w.value();
     s1 = sum_wx.value();
@@ -419,7 +419,7 @@ struct KlRow {
       const V s = student_logits(i, lanes), t = teacher_logits(i, lanes), w = teacher_weight(t), x = difference(s, t);
       growth += x * x < 1 ? w * math::expm1_series(x) : student_weight(s) * exp_rest - w;
     };
-    for_each_vector<V>(classes, 0, add, growth);
+    for_each_vector<V>(0, classes, add, growth);
     return math::log1p(growth.value() * stat[KlStat::inv_s0]);
   }
 
@@ -429,30 +429,31 @@ struct KlRow {
   void write_narrow_gradient(Each each, Weights weights, const Hard& hard, F factor, const GradientRow<S>& grad_student) const {
     const F p = stat[KlStat::inv_s0] * factor, back = -stat[KlStat::shift];
     const F by_u = p * exp_of_shift, by_w = p * (back * back < 1 ? math::expm1_series(back) : exp_of_shift - 1);
-    const auto write = [&](int64_t i, auto lanes) {
+    const auto write = [&](int64_t i, auto lanes, bool past_caches) {
       V w, u;
       each(i, lanes, w, u);
       V g = u * by_u + w * by_w;
       if constexpr (Hard::kStats > 0)
         if (hard.writes) g += hard.gradient(weights, i, lanes, student_logits(i, lanes));
-      grad_student.put(i, g, lanes);
+      grad_student.put(i, g, lanes, past_caches);
     };
-    for_each_vector<V>(classes, grad_student.template head<V>(), write);
+    for_each_vector_of<V>(grad_student, classes, write);
     grad_student.zero(classes);
   }
 
   // The pass for the gradients: the student's where it is wanted, the teacher's where `for_teacher`. weights.teacher(i, lanes,
   // t) and weights.student(i, lanes, s) are w and v.
   template <bool for_teacher, class Weights, class Hard>
-  void write_gradients(Weights weights, const Hard& hard, F student_factor, F teacher_factor,
-                       const GradientRow<S>& grad_student, const GradientRow<S>& grad_teacher) const {
+  void write_gradients(Weights weights, const Hard& hard, F student_factor, F teacher_factor, GradientRow<S>& grad_student,
+                       GradientRow<S>& grad_teacher) const {
     const KlRow row(*this);  // where no store can touch it
     const F mean = stat[KlStat::mean], shift = stat[KlStat::shift], near_limit = math::near_limit(mean, shift);
     const F p_student = stat[KlStat::inv_s0] * student_factor, q_student = stat[KlStat::inv_z] * student_factor;
     const F p_teacher = stat[KlStat::inv_s0] * teacher_factor;
     const bool for_student = !for_teacher || grad_student;
-    const int64_t head = for_student ? grad_student.template head<V>() : grad_teacher.template head<V>();
-    for_each_vector<V>(classes, head, [&](int64_t i, auto lanes) {
+    const GradientRow<S>& leading = for_teacher ? leading_row(grad_student, grad_teacher) : grad_student;
+    const bool student_streamed = grad_student.streamed, teacher_streamed = grad_teacher.streamed;
+    for_each_vector_of<V>(leading, classes, [&](int64_t i, auto lanes, bool past_caches) {
       const V s = row.student_logits(i, lanes), t = row.teacher_logits(i, lanes);
       const V w = weights.teacher(i, lanes, t), x = row.difference(s, t);
       if (for_student) {
@@ -461,11 +462,11 @@ struct KlRow {
         V g = z * z < near_limit ? near : far;
         if constexpr (Hard::kStats > 0)
           if (hard.writes) g += hard.gradient(weights, i, lanes, s);
-        grad_student.put(i, g, lanes);
+        grad_student.put(i, g, lanes, past_caches && (!for_teacher || student_streamed));
       }
       if constexpr (for_teacher) {
         const V g = w * p_teacher * (mean - x);
-        grad_teacher.put(i, w == 0 ? V{} : g, lanes);
+        grad_teacher.put(i, w == 0 ? V{} : g, lanes, past_caches && teacher_streamed);
       }
     });
     grad_student.zero(classes);
@@ -542,8 +543,8 @@ struct KlDivTau {
   template <bool for_teacher, class Weights>
   __attribute__((noinline)) static void gradients(const Args& args, int64_t r, F weight, const Row& row, Hard& hard,
                                                   Weights weights) {
-    const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
-    const GradientRow<S> grad_teacher(args.grad_teacher, args.rows, r, args.student.data);
+    GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
+    GradientRow<S> grad_teacher(args.grad_teacher, args.rows, r, args.student.data);
     if (weight == 0) {
       grad_student.zero(0);
       grad_teacher.zero(0);
@@ -608,7 +609,7 @@ struct KlDivTau {
       q = factor / row.z;
     }
     template <class Lanes>
-    KDFAST_INLINE void operator()(int64_t i, Lanes lanes) const {
+    KDFAST_INLINE void operator()(int64_t i, Lanes lanes, bool past_caches) const {
       V s{}, t{};
       if constexpr (!Weights::kept) {
         s = load<V>(student + i, lanes, 0);
@@ -617,14 +618,14 @@ struct KlDivTau {
       V g = multiply_add(weights.teacher(i, lanes, t), -p, splat<V>(-hard.elsewhere));
       g = multiply_add(weights.student(i, lanes, s), q, g);
       if constexpr (Hard::kStats > 0) g = hard.add(g, weights, i, lanes, s);
-      grad_student.put(i, g, lanes);
+      grad_student.put(i, g, lanes, past_caches);
     }
   };
 
   template <class Weights>
   __attribute__((noinline)) static void plain_gradient(const PlainGradient<Weights>& gradient) {
     const PlainGradient<Weights> write(gradient);  // where no store can touch it
-    for_each_vector<V>(write.classes, write.grad_student.template head<V>(), write);
+    for_each_vector_of<V>(write.grad_student, write.classes, write);
     write.grad_student.zero(write.classes);
   }
 
@@ -632,6 +633,9 @@ struct KlDivTau {
   // a pass for the gradient alone would put a vector faster than memory takes it, then lies beside their arithmetic. Whole
   // cache lines at a time: one begun and left would go to memory in parts.
   struct Postponed {
+    // Not where a loop has 16 registers, which the two together lack: short rows were slower for it. (Nor those of pairs of two
+    // types, or of float16, whose code would be compiled for little use.)
+    static constexpr bool kWanted = kLanes<V> == 16 && (sizeof(S) == 4 || __is_same(S, BF16));
     static constexpr int64_t kLine = 64 / (sizeof(S) == 4 ? 4 : 2);  // classes
 
     PlainGradient<Kept> gradient{};
@@ -639,22 +643,22 @@ struct KlDivTau {
 
     Postponed() = default;
     explicit Postponed(const PlainGradient<Kept>& gradient)
-        : gradient(gradient), head(gradient.grad_student.before_line()), end(gradient.classes) {}
+        : gradient(gradient), head(gradient.grad_student.before_line()), end(gradient.classes) {
+      __builtin_prefetch(address(gradient.grad_student.data + (end - 1)), 1, 3);
+    }
     void begin() const {
-      const int64_t first = head % kLanes<V>;
-      if (first > 0) gradient(0, First{int(first)});
-      write_up_to(head, first);
+      if (head > 0) write_part(gradient, 0, head < end ? head : end);
     }
     // In time for the numbers at class i and after it to be replaced.
     KDFAST_INLINE void write(int64_t i) const {
       if (i % kLine != 0) return;
       i += head;
-      if (i + kLine > end) return write_up_to(end, i);
-      for (int64_t j = 0; j < kLine; j += kLanes<V>) gradient(i + j, Full{});
+      if (i + kLine > end) return write_part(gradient, i, end);
+      for (int64_t j = 0; j < kLine; j += kLanes<V>) gradient(i + j, Full{}, true);
     }
-    KDFAST_INLINE void write_up_to(int64_t stop, int64_t i) const {
-      for (; i + kLanes<V> <= stop; i += kLanes<V>) gradient(i, Full{});
-      if (i < stop) gradient(i, First{int(stop - i)});
+    // A part of a line. (Of a copy, so that the loop may keep its own in registers.)
+    __attribute__((noinline)) static void write_part(PlainGradient<Kept> gradient, int64_t i, int64_t stop) {
+      for_each_vector<V>(i, stop, [&](int64_t k, auto lanes) { gradient(k, lanes, false); });
     }
     void finish() const { gradient.grad_student.zero(end); }
   };
@@ -664,7 +668,8 @@ struct KlDivTau {
     void finish() const {}
   };
   static void write_postponed(Postponed& postponed) {
-    if (postponed.end > 0) plain_gradient(postponed.gradient);
+    if constexpr (Postponed::kWanted)
+      if (postponed.end > 0) plain_gradient(postponed.gradient);
     postponed.end = 0;
   }
 
@@ -710,10 +715,14 @@ struct KlDivTau {
             const auto sum = [&](const auto& earlier) {
               row.sum_plain_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student, next_teacher, earlier);
             };
-            if (postponed[i].end == 0) return sum(NothingPostponed{});
-            sum(postponed[i]);
-            postponed[i].end = 0;
-            return;
+            if constexpr (Postponed::kWanted) {
+              if (postponed[i].end > 0) {
+                sum(postponed[i]);
+                postponed[i].end = 0;
+                return;
+              }
+            }
+            return sum(NothingPostponed{});
           }
         write_postponed(postponed[i]);
         hard[i].start(row.stat[KlStat::s_max]);
@@ -771,7 +780,7 @@ struct KlDivTau {
           }
           if (!keep) return plain_gradient(PlainGradient<RecomputedPlain>(args, r, weight[i], rows[i], hard[i], recomputed));
           const PlainGradient<Kept> gradient(args, r, weight[i], rows[i], hard[i], numbers);
-          if (gradient.grad_student.streamed)
+          if (Postponed::kWanted && gradient.grad_student.streamed)
             postponed[i] = Postponed(gradient);
           else
             plain_gradient(gradient);

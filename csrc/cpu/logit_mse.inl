@@ -53,7 +53,7 @@ struct LogitDifference {
         t_size = vmax(finite_magnitude(t), t_size);
         farthest = vmax(in ? left_or_nan * left_or_nan : V{}, farthest);
       };
-      for_each_vector<V>(classes, 0, add, total);
+      for_each_vector<V>(0, classes, add, total);
       count = 0;
       for (int lane = 0; lane < kLanes<V>; ++lane) count += F(counted[lane]);
       const F left = total.value() / (count > 0 ? count : 1);
@@ -80,8 +80,8 @@ struct LogitDifference {
   // gradients that of the slopes too, where it is not 0. With for_teacher the student's gradient may be unwanted.
   template <bool for_student, bool for_teacher>
   static F pass(const Args& args, int64_t r, F weight, const F* stat, Hard& hard, F* slopes = nullptr) {
-    const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
-    const GradientRow<S> grad_teacher(args.grad_teacher, args.rows, r, args.student.data);
+    GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
+    GradientRow<S> grad_teacher(args.grad_teacher, args.rows, r, args.student.data);
     if (weight == 0) {
       grad_student.zero(0);
       grad_teacher.zero(0);
@@ -101,10 +101,10 @@ struct LogitDifference {
     const F mean = stat[MseStat::mean], s_offset = stat[MseStat::s_offset], t_offset = stat[MseStat::t_offset];
     Pointer<const S> student = row_of<S>(args.student, r);
     Pointer<const S> teacher = row_of<S>(args.teacher, r);
-    const int64_t head =
-        for_student && (!for_teacher || grad_student) ? grad_student.template head<V>() : grad_teacher.template head<V>();
+    const GradientRow<S>& leading = for_teacher ? leading_row(grad_student, grad_teacher) : grad_student;
+    const bool student_streamed = grad_student.streamed, teacher_streamed = grad_teacher.streamed;
     Sum<V> total, total_slope;
-    const auto add = [&](int64_t i, auto lanes) {
+    const auto add = [&](int64_t i, auto lanes, bool past_caches) {
       const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf);
       const V difference_or_nan = ((s - s_offset) - (t - t_offset)) - mean;
       const V d = counts(s, t) ? difference_or_nan : V{};
@@ -117,12 +117,12 @@ struct LogitDifference {
           V g = slope * factor;
           if constexpr (Hard::kStats > 0)
             if (hard.writes) g += hard.gradient(hard, i, lanes, s);
-          grad_student.put(i, g, lanes);
+          grad_student.put(i, g, lanes, past_caches && (!for_teacher || student_streamed));
         }
-        if constexpr (for_teacher) grad_teacher.put(i, slope * -factor, lanes);
+        if constexpr (for_teacher) grad_teacher.put(i, slope * -factor, lanes, past_caches && teacher_streamed);
       }
     };
-    for_each_vector<V>(args.classes, head, add, total, total_slope);
+    for_each_vector_of<V>(leading, args.classes, add, total, total_slope);
     grad_student.zero(args.classes);
     grad_teacher.zero(args.classes);
     if (slopes != nullptr) *slopes = total_slope.value();

@@ -27,29 +27,49 @@ struct GradientRow {
   }
   explicit operator bool() const { return address(data) != nullptr; }
 
-  // Classes before the first that is aligned for stream().
-  template <class V>
-  int64_t head() const {
-    const uintptr_t each = bytes_each(data), bytes = each * kLanes<V>;
-    return streamed ? int64_t((bytes - uintptr_t(address(data)) % bytes) % bytes / each) : 0;
-  }
   // Classes before the first that begins a cache line.
   int64_t before_line() const { return int64_t((64 - uintptr_t(address(data)) % 64) % 64) / bytes_each(data); }
+  // past_caches: allowed where `streamed`, in the whole cache lines.
   template <class V>
-  KDFAST_INLINE void put(int64_t i, V v, Full lanes) const {
-    if (streamed)
+  KDFAST_INLINE void put(int64_t i, V v, Full lanes, bool past_caches) const {
+    if (past_caches)
       stream(data + i, v);
     else
       store(data + i, v, lanes);
   }
   template <class V>
-  KDFAST_INLINE void put(int64_t i, V v, First lanes) const {
+  KDFAST_INLINE void put(int64_t i, V v, First lanes, bool) const {
     store(data + i, v, lanes);
   }
   void zero(int64_t from) const {
     if (*this && from < width) __builtin_memset(address(data + from), 0, bytes_each(data) * (width - from));
   }
 };
+
+// for_each_vector of a row of a gradient to write, with body(i, lanes, past_caches) for `put`. What lies past a streamed row's
+// whole cache lines goes into the caches: parts of a line would be put together in memory, which took up to 30 % of the time at
+// 1003 classes.
+template <class V, class S, class Body, class... Sums>
+KDFAST_INLINE void for_each_vector_of(const GradientRow<S>& row, int64_t classes, Body body, Sums&... sums) {
+  const bool streamed = row.streamed;
+  const int64_t before = streamed ? row.before_line() : 0, head = before < classes ? before : classes;
+  const int64_t end = streamed ? classes - (classes - head) % (64 / bytes_each(row.data)) : classes;
+  if (end < classes) __builtin_prefetch(address(row.data + end), 1, 3);
+  const int64_t stops[] = {0, head, end, classes};
+  for (int part = streamed ? 0 : 1, last = streamed ? 3 : 2; part < last; ++part) {
+    const bool past_caches = streamed && part == 1;
+    const auto each = [&](int64_t i, auto lanes) { body(i, lanes, past_caches); };
+    for_each_vector<V>(stops[part], stops[part + 1], each, sums...);
+  }
+}
+// Of a student's and a teacher's row written together: the one that tells where the whole cache lines are. The other is no
+// longer streamed where its own are elsewhere.
+template <class S>
+const GradientRow<S>& leading_row(GradientRow<S>& grad_student, GradientRow<S>& grad_teacher) {
+  if (!grad_student.streamed) return grad_teacher;
+  grad_teacher.streamed = grad_teacher.streamed && grad_teacher.before_line() == grad_student.before_line();
+  return grad_student;
+}
 
 // A row of numbers to keep between two passes over a row; on the stack where it is short.
 template <class F>
@@ -137,7 +157,7 @@ void scale_gradient(void* out, const void* in, DType dtype, double factor, int64
     const S* from = static_cast<const S*>(in) + begin;
     S* to = static_cast<S*>(out) + begin;
     const auto by = ComputeType<S>(factor);
-    for_each_vector<V>(end - begin, 0, [&](int64_t i, auto lanes) { store(to + i, load<V>(from + i, lanes, 0) * by, lanes); });
+    for_each_vector<V>(0, end - begin, [&](int64_t i, auto lanes) { store(to + i, load<V>(from + i, lanes, 0) * by, lanes); });
   });
 }
 

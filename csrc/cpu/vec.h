@@ -260,9 +260,35 @@ struct PowersFrom {
   }
   KDFAST_INLINE VecF operator()(VecF x) const {
     const VecF shifted = _mm512_fmadd_ps(x, splat<VecF>(c), splat<VecF>(magic)), rounded = shifted - magic;
-    const VecF power = math::polynomial<math::StepExp2Series>((VecF)_mm512_fmsub_ps(x, splat<VecF>(c), rounded));
+    const VecF power = math::polynomial<math::StepExp2Series<32>>((VecF)_mm512_fmsub_ps(x, splat<VecF>(c), rounded));
     const VecF step = _mm512_permutex2var_ps(low, (__m512i)shifted, high);  // by the five lowest bits
     return _mm512_scalef_ps(step * power, rounded);                         // (FlushSubnormals is on)
+  }
+#elif defined(KDFAST_AVX2)
+  // 2^(i / 8), less i / 8 in the exponent's place: there 1/8 is added for every 1/8 of the exponent.
+  static constexpr int32_t kPowers[8] = {0x3F800000, 0x3F7B95C2, 0x3F7837F0, 0x3F75FED7,
+                                         0x3F7504F3, 0x3F75672A, 0x3F7744FD, 0x3F7AC0C7};
+  static constexpr float magic = 0x1.8p+20f, kMostOrigin = 0x1p+17f;  // adding magic rounds to 1/8
+  static constexpr float kMostSquares = kMostPower;
+  VecF powers, least, most;  // kPowers times 2^-origin; the x whose powers are 0 and 2^126
+
+  PowersFrom(float c, float from) : c(c), from(from) {
+    const float shift = from * c, bounded = shift > kMostOrigin ? kMostOrigin : shift > -kMostOrigin ? shift : -kMostOrigin;
+    const float whole = (bounded + VecOf<float>::magic) - VecOf<float>::magic;
+    origin = whole;
+    powers = (VecF)_mm256_sub_epi32(_mm256_loadu_si256((const __m256i*)kPowers),
+                                    _mm256_set1_epi32(int32_t(uint32_t(int32_t(whole)) << 23)));
+    least = splat<VecF>((whole - 126.5f) / c);
+    most = splat<VecF>((whole + 126) / c);
+  }
+  KDFAST_INLINE VecF operator()(VecF x) const {
+    x = vmin(most, vmax(least, x));
+    const VecF shifted = multiply_add(x, c, splat<VecF>(magic)), rounded = shifted - magic;
+    const VecF power = math::polynomial<math::StepExp2Series<8>>((VecF)_mm256_fmsub_ps(x, splat<VecF>(c), rounded));
+    const __m256i steps = (__m256i)shifted;
+    const __m256i step = (__m256i)_mm256_permutevar8x32_ps(powers, steps);  // by the three lowest bits
+    // (The step is subnormal where the power is 0, and FlushSubnormals is on.)
+    return (VecF)_mm256_add_epi32(step, _mm256_slli_epi32(steps, 20)) * power;
   }
 #else
   static constexpr float kMostSquares = 0x1p+16f;  // of powers above 2^8 the exponent's rounding would show
@@ -318,6 +344,12 @@ KDFAST_INLINE typename Half<V>::Bits narrow(typename Half<V>::Floats x, BF16) {
   }
 #endif
   const Words result = x == x ? rounded : Words{} + 0x7FC00000u;
+#if defined(KDFAST_AVX2)
+  if constexpr (sizeof(w) == 32) {  // three instructions instead of six
+    const __m256i words = _mm256_srli_epi32((__m256i)result, 16);
+    return (typename Half<V>::Bits)_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  }
+#endif
   return __builtin_convertvector(result >> 16, typename Half<V>::Bits);
 }
 template <class V>
@@ -552,18 +584,17 @@ struct Sum {
   KDFAST_INLINE ScalarOf<V> value() const { return ScalarOf<V>(sum(carried)); }
 };
 
-// Calls body(i, lanes) for every vector of a row: i its first class, lanes Full or, for the `head` classes before the vectors
-// and the last ones behind them, First. Carries the sums that the body adds to.
+// Calls body(i, lanes) for every vector of the classes from `begin` to `end`: i its first class, lanes Full or, for the last
+// ones, First. Carries the sums that the body adds to.
 template <class V, class Body, class... Sums>
-KDFAST_INLINE void for_each_vector(int64_t classes, int64_t head, Body body, Sums&... sums) {
-  int64_t i = head < classes ? head : classes;
-  if (i > 0) body(0, First{int(i)});
-  while (i + kLanes<V> <= classes) {
-    const int64_t end = sizeof...(Sums) == 0 || classes - i < Sum<V>::kBlock ? classes : i + Sum<V>::kBlock;
-    for (; i + kLanes<V> <= end; i += kLanes<V>) body(i, Full{});
+KDFAST_INLINE void for_each_vector(int64_t begin, int64_t end, Body body, Sums&... sums) {
+  int64_t i = begin;
+  while (i + kLanes<V> <= end) {
+    const int64_t stop = sizeof...(Sums) == 0 || end - i < Sum<V>::kBlock ? end : i + Sum<V>::kBlock;
+    for (; i + kLanes<V> <= stop; i += kLanes<V>) body(i, Full{});
     (sums.carry(), ...);
   }
-  if (i < classes) body(i, First{int(classes - i)});
+  if (i < end) body(i, First{int(end - i)});
   (sums.carry(), ...);
 }
 
