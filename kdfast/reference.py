@@ -126,13 +126,15 @@ def _cross_entropy(s: Tensor, target: Tensor, counted: Tensor, smoothing: float)
     index = torch.where(exists & counted, target, 0).long().unsqueeze(-1)
     s_target, log_z = s.gather(-1, index).squeeze(-1), s.logsumexp(-1)
     masked = s_target == -math.inf
-    # The logits less the target's first: where that is the largest, the sum of the others' exponentials may be far below 1.
-    d = s - torch.where(masked, 0, s_target).unsqueeze(-1)
-    top = d.detach().amax(-1)
+    # Where the target's logit is the largest, the sum of the others' exponentials may be far below 1.
+    largest = s.detach().amax(-1)
+    likely = s_target == largest
+    d = s - torch.where(likely, s_target, largest).unsqueeze(-1)
+    d_target = torch.where(masked, 0, d.gather(-1, index).squeeze(-1))
     at_target = torch.arange(s.shape[-1], device=s.device) == index
-    others = torch.where(at_target, 0, (d - top.unsqueeze(-1)).exp()).sum(-1)
-    likelihood = torch.where(top == 0, torch.log1p(others), (others + (-top).exp()).log() + top)
-    loss = torch.where(masked, log_z - s_target, likelihood)
+    others = torch.where(at_target, 0, d.exp()).sum(-1)
+    log_sum = torch.where(likely, torch.log1p(others), (others + d_target.exp()).log())
+    loss = torch.where(masked, log_z - s_target, log_sum - d_target)
     if smoothing != 0:
         loss = (1 - smoothing) * loss + smoothing * (log_z.unsqueeze(-1) - s).mean(-1)
     return torch.where(counted, loss * torch.where(exists, 1.0, math.nan), 0)

@@ -8,6 +8,7 @@ import gc
 import itertools
 import math
 import pickle
+import struct
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -46,6 +47,7 @@ from torch import Tensor
 import kdfast
 
 NAN = math.nan
+NAN_WITH_PAYLOAD = struct.unpack("<d", (0x7FF8000020000000).to_bytes(8, "little"))[0]  # 0x7FC00001 in float32
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 #: the options that choose another formula; each semantic test passes through all of them
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -427,7 +429,7 @@ def test_mse_with_minus_inf_on_one_side_is_infinite(where: Where, variant: str, 
 
 @pytest.mark.contract("NaN stays in its row")
 @pytest.mark.parametrize("side", ["student", "teacher", "both"])
-@pytest.mark.parametrize("junk", [NAN, INF])
+@pytest.mark.parametrize("junk", [NAN, NAN_WITH_PAYLOAD, INF], ids=["nan", "payload", "inf"])
 @WIDTHS
 @parts_of_a_batch
 def test_nan_stays_in_its_row(where: Where, variant: str, k: int, junk: float, side: str) -> None:
@@ -452,6 +454,8 @@ def test_nan_stays_in_its_row(where: Where, variant: str, k: int, junk: float, s
         # a robust loss has a slope even there: that of its line
         robust = variant.startswith(("huber", "smooth")) and junk == INF and side != "both"
         assert got.student[[1, 2, 4]].isfinite().all(-1).tolist() == [robust] * 3
+        if math.isnan(junk) and variant.startswith("kl"):
+            assert got.student[[1, 2, 4]].isnan().all()
         if grads == "st":
             assert got.teacher is not None
             check_grad(got.teacher[clean], truth.teacher, t[clean], (s, t))
@@ -874,7 +878,10 @@ def test_same_input_same_bits(kernel: Where, variant: str, pair: str, shape: tup
 )
 @pytest.mark.parametrize("pair", ["fp32", "bf16", "fp32-bf16"])
 @pytest.mark.parametrize("loss", ["kl_div_tau", "kd_loss"])
-def test_a_large_gradient_is_that_of_its_parts(loss: str, pair: str, shape: tuple[int, int], classes: int) -> None:
+@pytest.mark.parametrize("reduction", ["none", "sum"])  # plain rows are those of a gradient written in forward
+def test_a_large_gradient_is_that_of_its_parts(
+    loss: str, pair: str, shape: tuple[int, int], classes: int, reduction: str
+) -> None:
     """Gradients of 8 MiB are written past the caches, a row's beside the next row's sums: the bits of small calls, whatever
     row comes next (one of no weight, one near the teacher, one far off, one whose target is sure or ignored)."""
     rows, width = shape[0] * 4 // PAIRS[pair][0].itemsize, shape[1]
@@ -893,7 +900,7 @@ def test_a_large_gradient_is_that_of_its_parts(loss: str, pair: str, shape: tupl
 
     def gradient(at: slice) -> tuple[Tensor, Tensor]:
         student = s[at].clone().requires_grad_()
-        options = {"tau": 4.0, "row_weight": weight[at], "num_classes": classes, "reduction": "none"}
+        options = {"tau": 4.0, "row_weight": weight[at], "num_classes": classes, "reduction": reduction}
         if loss == "kd_loss":
             options |= {"alpha": 0.3, "label_smoothing": 0.1}
         value = getattr(kdfast, loss)(student, t[at], **target_of(loss, y[at]), **options, backend="cpp")
@@ -907,7 +914,8 @@ def test_a_large_gradient_is_that_of_its_parts(loss: str, pair: str, shape: tupl
         for count in (1, 2):
             torch.set_num_threads(count)
             value, grad = gradient(slice(0, rows))
-            assert torch.equal(value, torch.cat([part[0] for part in parts]))
+            if reduction == "none":
+                assert torch.equal(value, torch.cat([part[0] for part in parts]))
             assert torch.equal(grad, torch.cat([part[1] for part in parts])), f"{count} threads"
     finally:
         torch.set_num_threads(threads)
@@ -916,7 +924,10 @@ def test_a_large_gradient_is_that_of_its_parts(loss: str, pair: str, shape: tupl
 
 @pytest.mark.parametrize("widths", [(1003, 1005), (1008, 1003), (1003, 1003)])
 @pytest.mark.parametrize("pair", ["fp32", "bf16", "fp32-bf16", "bf16-fp32"])
-def test_two_large_gradients_are_those_of_their_parts(objective: Objective, pair: str, widths: tuple[int, int]) -> None:
+@pytest.mark.parametrize("center", [False, True])
+def test_two_large_gradients_are_those_of_their_parts(
+    objective: Objective, center: bool, pair: str, widths: tuple[int, int]
+) -> None:
     """The student's and the teacher's rows begin at different places of a cache line, where each is written past the
     caches."""
     rows, classes = 4800, min(widths)
@@ -924,6 +935,10 @@ def test_two_large_gradients_are_those_of_their_parts(objective: Objective, pair
     s, t = (torch.randn(rows, k, generator=generator).to(d) for k, d in zip(widths, PAIRS[pair], strict=True))
     y = torch.randint(classes, (rows,), generator=generator)
     options = {**dict(objective.options), "num_classes": classes, "reduction": "sum", "backend": "cpp"}
+    if center:
+        if objective.loss not in ("logit_mse", "logit_huber"):
+            pytest.skip("a loss without a centre")
+        options["center"] = True
 
     def gradients(at: slice) -> tuple[Tensor | None, ...]:
         student, teacher = (x[at].clone().requires_grad_() for x in (s, t))

@@ -39,7 +39,8 @@ struct HardPart {
         target(args.target.at(r, int64_t(0))),
         smoothing(args.classes > 1 ? F(args.label_smoothing) : 0) {
     counts = target != args.ignore_index;
-    if (args.soft == Soft::kl) degree = args.tau == 1 ? 1 : args.tau == 2 ? 2 : args.tau == 4 ? 4 : 0;
+    // (At alpha = 0 the soft part may be NaN where the hard part is not.)
+    if (args.soft == Soft::kl && args.alpha != 0) degree = args.tau == 1 ? 1 : args.tau == 2 ? 2 : args.tau == 4 ? 4 : 0;
     writes = counts && args.alpha != 1;
     alone = args.alpha == 0;
   }
@@ -121,7 +122,7 @@ struct HardPart {
   bool finish_plain_row(Sums& sums, F* kept_e) {
     if (!counts) return true;
     const F z = finish_row(sums, kept_e);
-    return !(z >= PowersFrom::kMostSquares || z < 1 / kMostPower);
+    return z < PowersFrom::kMostSquares && z >= 1 / kMostPower;
   }
   // Returns the sum of the exponentials, in their own units.
   F finish_row(Sums& sums, F* kept_e) {

@@ -39,11 +39,12 @@ struct KlRow {
   Pointer<const S> student{}, teacher{};
   int64_t classes = 0;
   F stat[KlStat::count] = {};
-  F rest = 0;                           // of the plain form
-  F teacher_size = 0;                   // its largest finite magnitude
-  F s0 = 0, s1 = 0, z = 0, excess = 0;  // the sums of w, w x, v and w phi(x)
-  F kl = 0, exp_of_shift = 0;           // e^-shift, of a narrow row
-  F ww = 0, wv = 0, vv = 0;             // the sums of the products, of a plain row
+  F rest = 0;                                      // of the plain form
+  F teacher_size = 0;                              // its largest finite magnitude
+  F s0 = 0, s1 = 0, z = 0, excess = 0;             // the sums of w, w x, v and w phi(x)
+  F kl = 0, exp_of_shift = 0;                      // e^-shift, of a narrow row
+  F ww = 0, wv = 0, vv = 0;                        // the sums of the products, of a plain row
+  double exact_s0 = 0, exact_s1 = 0, exact_z = 0;  // its sums before they are rounded, which would show in its loss
   // Every |x| is at most kNarrow, no class masked, no w below 2^-kShortExp2Limit: then e^x comes from the series, and the
   // student's exponentials are not needed.
   bool narrow = false;
@@ -98,7 +99,7 @@ struct KlRow {
         : teacher(row.k.student_log2, row.stat[KlStat::t_max]), student(row.k.student_log2, row.stat[KlStat::s_max]) {}
   };
   static constexpr int64_t kFewestClasses = 64, kManyClasses = 256;  // kFewestClasses: more than a vector has lanes
-  static constexpr F kFar = F(0.3), kFarSquared = F(0.015);
+  static constexpr F kFar = F(0.3), kFarSquared = F(0.025);
 
   // Whether the row looks plain in a few of its classes. Leaves their largest logits in the place of the row's.
   bool guess_plain() {
@@ -164,9 +165,11 @@ struct KlRow {
     earlier.finish();
     bool within_range = true;
     if constexpr (Hard::kStats > 0) within_range = hard.finish_plain_row(hard_sums, kept_e);
-    s0 = sum_w.value();
-    s1 = sum_wd.value();
-    z = within_range ? sum_v.value() : inf;  // (no plain row)
+    exact_s0 = sum_w.exact();
+    exact_s1 = sum_wd.exact();
+    exact_z = within_range ? sum_v.exact() : inf;  // (no plain row)
+    s0 = F(exact_s0);
+    z = F(exact_z);
     ww = sum(sum_ww);
     wv = sum(sum_wv);
     vv = sum(sum_vv);
@@ -175,13 +178,14 @@ struct KlRow {
   // The loss of a plain row, or false: where its loss is not large beside the errors of its terms, or its gradient beside
   // those of the probabilities.
   bool finish_plain_row() {
-    // Relative errors of a sum of many classes' terms, and of one class's; the loss's share of its budget.
-    constexpr double kBias = 2e-8, kError = 1e-7, kBudget = 2.5e-6, kLeastGradient = 0.1;
+    // Relative errors of a sum of many classes' terms, and, four times the usual one, of one class's (whose exponent is rounded
+    // where the multiply-adds are not fused); the loss's share of its budget.
+    constexpr double kBias = 2e-8, kError = kFused ? 4e-7 : 8e-7, kBudget = 2.5e-6, kLeastGradient = kFused ? 0.15 : 0.3;
     if (!(s0 < kMostPower && z < kMostPower && ww < PowersFrom::kMostSquares && vv < PowersFrom::kMostSquares)) return false;
     const PlainPowers powers(*this);
-    const double inv_s0 = 1 / double(s0), inv_z = 1 / double(z), inv_tau = ln_2_exactly * k.student_log2;
-    const double mean_d = s1 * inv_s0, mean = mean_d * inv_tau;
-    const double log_ratio = math::log(z * inv_s0) + ln_2_exactly * (powers.student.origin - powers.teacher.origin);
+    const double inv_s0 = 1 / exact_s0, inv_z = 1 / exact_z, inv_tau = ln_2_exactly * k.student_log2;
+    const double mean_d = exact_s1 * inv_s0, mean = mean_d * inv_tau;
+    const double log_ratio = math::log(exact_z * inv_s0) + ln_2_exactly * (powers.student.origin - powers.teacher.origin);
     const double loss = log_ratio - mean, of_p = ww * inv_s0 * inv_s0;  // sum p^2
     const double error = (kBias + kError * __builtin_sqrtf(F(of_p))) * (1 + (mean < 0 ? -mean : mean));
     const double of_gradient = (vv * inv_z - 2 * wv * inv_s0) * inv_z + of_p;  // sum (q - p)^2

@@ -80,8 +80,11 @@ struct LogitDifference {
   // gradients that of the slopes too, where it is not 0. With for_teacher the student's gradient may be unwanted.
   template <bool for_student, bool for_teacher>
   static F pass(const Args& args, int64_t r, F weight, const F* stat, Hard& hard, F* slopes = nullptr) {
-    GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
-    GradientRow<S> grad_teacher(args.grad_teacher, args.rows, r, args.student.data);
+    GradientRow<S> grad_student, grad_teacher;
+    if constexpr (for_student || for_teacher) {
+      grad_student = GradientRow<S>(args.grad_student, args.rows, r, args.student.data);
+      grad_teacher = GradientRow<S>(args.grad_teacher, args.rows, r, args.student.data);
+    }
     if (weight == 0) {
       grad_student.zero(0);
       grad_teacher.zero(0);

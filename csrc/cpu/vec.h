@@ -177,8 +177,9 @@ KDFAST_INLINE V exp2_nonpositive(V x) {
   const V shifted = bounded + T::magic;
   const V fraction = bounded - (shifted - T::magic);
   const V mantissa = math::polynomial<math::Exp2Series<F>>(fraction);
-  const V result = (V)((IntOf<V>)mantissa + ((IntOf<V>)shifted << T::mantissa));
-  return x < lowest ? V{} : result;
+  // (Not by adding to the mantissa's bits: with some payloads that makes a number of a NaN.)
+  const V power = (V)((IntOf<V>)splat<V>(1) + ((IntOf<V>)shifted << T::mantissa));
+  return x < lowest ? V{} : mantissa * power;
 #endif
 }
 
@@ -581,7 +582,8 @@ struct Sum {
       carried += part;
     part = V{};
   }
-  KDFAST_INLINE ScalarOf<V> value() const { return ScalarOf<V>(sum(carried)); }
+  KDFAST_INLINE double exact() const { return sum(carried); }
+  KDFAST_INLINE ScalarOf<V> value() const { return ScalarOf<V>(exact()); }
 };
 
 // Calls body(i, lanes) for every vector of the classes from `begin` to `end`: i its first class, lanes Full or, for the last
