@@ -952,6 +952,22 @@ def test_two_large_gradients_are_those_of_their_parts(
         assert torch.equal(grad, torch.cat(of_parts))
 
 
+@pytest.mark.parametrize("loss", ["logit_mse", "logit_huber"])
+def test_a_large_centred_gradient_is_that_of_its_parts(loss: str) -> None:
+    """What the mean difference and the mean slope are does not depend on where the gradient lies."""
+    generator = torch.Generator().manual_seed(0)
+    s, t = (torch.randn(2400, 1003, generator=generator) for _ in range(2))
+
+    def gradient(at: slice) -> Tensor:
+        student = s[at].clone().requires_grad_()
+        getattr(kdfast, loss)(student, t[at], center=True, reduction="sum", backend="cpp").backward()
+        assert student.grad is not None
+        return student.grad
+
+    parts = torch.cat([gradient(slice(i, i + 64)) for i in range(0, len(s), 64)])
+    assert parts.abs().amax(-1).min() > 0 and torch.equal(gradient(slice(0, len(s))), parts)
+
+
 def test_both_ways_to_the_gradient_agree(kernel: Where) -> None:
     """The gradient written during the forward and the recomputed one: the same within the budget (and each is judged in
     test_accuracy)."""
