@@ -133,7 +133,7 @@ def _cross_entropy(s: Tensor, target: Tensor, counted: Tensor, smoothing: float)
     d_target = torch.where(masked, 0, d.gather(-1, index).squeeze(-1))
     at_target = torch.arange(s.shape[-1], device=s.device) == index
     others = torch.where(at_target, 0, d.exp()).sum(-1)
-    # (d_target is 0 or NaN there, and its gradient would not be 0 but a difference that hides the others'.)
+    # (d_target is 0 or NaN where the target is likely; its gradient would not be 0, but a difference that hides the others'.)
     likelihood = torch.where(likely, torch.log1p(others) - d_target.detach(), (others + d_target.exp()).log() - d_target)
     loss = torch.where(masked, log_z - s_target, likelihood)
     if smoothing != 0:

@@ -99,6 +99,8 @@ struct KlRow {
         : teacher(row.k.student_log2, row.stat[KlStat::t_max]), student(row.k.student_log2, row.stat[KlStat::s_max]) {}
   };
   static constexpr int64_t kFewestClasses = 64, kManyClasses = 256;  // kFewestClasses: more than a vector has lanes
+  // Of the classes' differences in units of tau: of any from the first one's, and, of long rows, their variance, which is about
+  // the square of the least gradient that finish_plain_row takes.
   static constexpr F kFar = F(0.3), kFarSquared = F(0.025);
 
   // Whether the row looks plain in a few of its classes. Leaves their largest logits in the place of the row's.

@@ -46,9 +46,9 @@ struct GradientRow {
   }
 };
 
-// for_each_vector of a row of a gradient to write, with body(i, lanes, past_caches) for `put`. What lies past a streamed row's
-// whole cache lines goes into the caches: parts of a line would be put together in memory, which took up to 30 % of the time at
-// 1003 classes.
+// for_each_vector of a row of a gradient to write, with body(i, lanes, past_caches) for `put`. Of a streamed row the parts of
+// cache lines at both ends go into the caches, where the rows beside it complete them: in memory that took up to 30 % of the
+// time at 1003 classes.
 template <class V, class S, class Body, class... Sums>
 KDFAST_INLINE void for_each_vector_of(const GradientRow<S>& row, int64_t classes, Body body, Sums&... sums) {
   const bool streamed = row.streamed;
