@@ -50,8 +50,15 @@ struct HardPart {
   KDFAST_INLINE V exponential(const HardPart&, int64_t, Lanes, V s) const {
     return exponential(s);
   }
-  KDFAST_INLINE bool holds_target(int64_t i) const { return uint64_t(target - i) < uint64_t(kLanes<V>); }
-  KDFAST_INLINE IntOf<V> target_lane(int64_t i) const { return lane_numbers<V>() == ScalarOf<IntOf<V>>(target - i); }
+  // The target's place among a vector's lanes.
+  struct TargetLane {
+    int64_t lane;
+
+    template <class Place>
+    KDFAST_INLINE TargetLane(int64_t target, const Place& place) : lane(place.lane(target)) {}
+    KDFAST_INLINE explicit operator bool() const { return uint64_t(lane) < uint64_t(kLanes<V>); }
+    KDFAST_INLINE IntOf<V> mask() const { return lane_numbers<V>() == ScalarOf<IntOf<V>>(lane); }
+  };
 
   void start(F s_max, F unit_of_exponentials = 1) {
     stat[HardStat::s_max] = s_max;
@@ -69,66 +76,68 @@ struct HardPart {
       if (degree > 1) unit *= unit;
       if (degree > 2) unit *= unit;
     }
-    KDFAST_INLINE V operator()(V s, V v) const {
-      if (degree == 0) return powers(s);
-      if (degree > 1) v *= v;
-      if (degree > 2) v *= v;
-      return v;
-    }
+    KDFAST_INLINE V operator()(V s, V v) const { return degree == 0 ? powers(s) : to_the(degree, v); }
   };
+  static KDFAST_INLINE V to_the(int degree, V v) {  // 1, 2 or 4
+    if (degree > 1) v *= v;
+    if (degree > 2) v *= v;
+    return v;
+  }
   // Adds a vector to the sums, and keeps its exponentials where there is a scratch row for them. shared: those of the soft
   // part, which at tau = 1 are the same.
   template <class Lanes>
   KDFAST_INLINE void add(Sums& sums, F* kept_e, int64_t i, Lanes lanes, V s, V shared) const {
-    if (counts) add_exponentials(sums, kept_e, i, lanes, s, degree == 1 ? shared : exponential(s));
+    if (counts) add_exponentials(sums, kept_e, KeptOrder<false>{}.place(i, lanes), s, degree == 1 ? shared : exponential(s));
   }
   // The same in a plain row. v: the student's powers.
-  template <class Lanes>
-  KDFAST_INLINE void add_plain(const PlainExponentials& exponentials, Sums& sums, F* kept_e, int64_t i, Lanes lanes, V s,
+  template <class Place>
+  KDFAST_INLINE void add_plain(const PlainExponentials& exponentials, Sums& sums, F* kept_e, const Place& place, V s,
                                V v) const {
-    add_exponentials(sums, kept_e, i, lanes, s, only(lanes, exponentials(s, v)));
+    add_exponentials(sums, kept_e, place, s, only(place.lanes, exponentials(s, v)));
   }
-  template <class Lanes>
-  KDFAST_INLINE void add_exponentials(Sums& sums, F* kept_e, int64_t i, Lanes lanes, V s, V e) const {
+  template <class Place>
+  KDFAST_INLINE void add_exponentials(Sums& sums, F* kept_e, const Place& place, V s, V e) const {
     if (kept_e != nullptr) {
-      store(kept_e + i, e, lanes);
-    } else if (holds_target(i)) {
-      const auto at = target_lane(i);
-      sums.target_s = largest(at ? s : splat<V>(-inf));
-      sums.target_exponential = sum(at ? e : V{});
-      e = at ? V{} : e;
+      store(kept_e + place.kept, e, Full{});
+    } else if (const TargetLane at(target, place); at) {
+      sums.target_s = largest(at.mask() ? s : splat<V>(-inf));
+      sums.target_exponential = sum(at.mask() ? e : V{});
+      e = at.mask() ? V{} : e;
     }
     sums.others += e;
-    if (smoothing != 0) sums.below_max += stat[HardStat::s_max] - load<V>(student + i, lanes, stat[HardStat::s_max]);
+    if (smoothing != 0) sums.below_max += only(place.lanes, stat[HardStat::s_max] - s);
   }
   // Takes the target's exponential from the sum of those kept, and puts in its place what the gradient's formula makes into
   // the gradient there. Where it is most of the sum, the others are added again: nothing cancels.
-  void take_target(Sums& sums, F& others, F* kept_e) const {
+  template <class Order>
+  void take_target(Sums& sums, F& others, F* kept_e, Order order) const {
     others = sums.others.value();
     if (kept_e == nullptr || uint64_t(target) >= uint64_t(classes)) return;
-    F& at_target = kept_e[target];
+    F& at_target = kept_e[order.at(target)];
     sums.target_s = load<V>(student + target, First{1}, 0)[0];
     sums.target_exponential = at_target;
     others -= at_target;
     if (others < at_target) {
       at_target = 0;
       Sum<V> again;
-      for_each_vector<V>(0, classes, [&](int64_t i, auto lanes) { again += load<V>(kept_e + i, lanes, 0); }, again);
+      for_each_vector<V>(0, order.count(classes), [&](int64_t i, auto lanes) { again += load<V>(kept_e + i, lanes, 0); }, again);
       others = again.value();
     }
     at_target = smoothing * (others + sums.target_exponential) - others;
   }
   // The same of a plain row, or false: its exponentials are not within what their powers can show.
-  bool finish_plain_row(Sums& sums, F* kept_e) {
+  template <class Order>
+  bool finish_plain_row(Sums& sums, F* kept_e, Order order) {
     if (!counts) return true;
-    const F z = finish_row(sums, kept_e);
+    const F z = finish_row(sums, kept_e, order);
     return z < PowersFrom::kMostSquares && z >= 1 / kMostPower;
   }
   // Returns the sum of the exponentials, in their own units.
-  F finish_row(Sums& sums, F* kept_e) {
+  template <class Order = KeptOrder<false>>
+  F finish_row(Sums& sums, F* kept_e, Order order = {}) {
     if (!counts) return 0;
     F others;
-    take_target(sums, others, kept_e);
+    take_target(sums, others, kept_e, order);
     const F sum = others + sums.target_exponential, e_target = sums.target_exponential * unit;
     others *= unit;
     const F z = others + e_target;
@@ -176,7 +185,7 @@ struct HardPart {
   KDFAST_INLINE V gradient(const Weights& weights, int64_t i, Lanes lanes, V s) const {
     V g = weights.exponential(*this, i, lanes, s) * factor - elsewhere;
     if constexpr (!Weights::kept)
-      if (holds_target(i)) g = target_lane(i) ? splat<V>(at_target) : g;
+      if (const TargetLane at(target, KeptOrder<false>{}.place(i, lanes)); at) g = at.mask() ? splat<V>(at_target) : g;
     return g;
   }
   // What a plain row's gradient has of the hard part: `elsewhere` to subtract, and the exponentials times `factor`.
@@ -184,6 +193,7 @@ struct HardPart {
     F factor = 0, elsewhere = 0;
     F exponential_at_target = 0;  // what take_target leaves in its place
     int64_t target = 0;
+    int degree = 0;
     bool writes = false;
 
     PlainGradient() = default;
@@ -192,15 +202,16 @@ struct HardPart {
       factor = hard.factor;
       elsewhere = hard.elsewhere;
       target = hard.target;
+      degree = hard.degree;
       exponential_at_target = (hard.stat[HardStat::slope] + hard.smoothing) / (hard.stat[HardStat::inv_z] * hard.unit);
     }
-    template <class Weights, class Lanes>
-    KDFAST_INLINE V add(V g, const Weights& weights, int64_t i, Lanes lanes, V s) const {
+    // v: the student's powers.
+    template <class Weights, class Place>
+    KDFAST_INLINE V add(V g, const Weights& weights, const Place& place, V s, V v) const {
       if (!writes) return g;
-      V e = weights.exponential(i, lanes, s);
-      if constexpr (!Weights::kept)
-        if (uint64_t(target - i) < uint64_t(kLanes<V>))
-          e = lane_numbers<V>() == ScalarOf<IntOf<V>>(target - i) ? splat<V>(exponential_at_target) : e;
+      V e = degree > 0 ? to_the(degree, v) : weights.exponential(place, s);
+      if (!Weights::kept || degree > 0)  // else take_target has done it
+        if (const TargetLane at(target, place); at) e = at.mask() ? splat<V>(exponential_at_target) : e;
       return multiply_add(e, factor, g);
     }
   };

@@ -131,11 +131,27 @@ struct KlRow {
     return far;
   }
 
+  // Calls body(place, s, t) with the logits of the vector at class i, or of the even and the odd classes of two.
+  using Order = KeptOrder<kByPairs<V, S>>;
+  template <class Lanes, class Body>
+  static KDFAST_INLINE void each_vector(Pointer<const S> student, Pointer<const S> teacher, int64_t i, Lanes lanes, Order order,
+                                        Body body) {
+    if constexpr (kByPairs<V, S>) {
+      const Pair<V> s = load_pair(student + i, lanes), t = load_pair(teacher + i, lanes);
+      body(order.place(i, lanes), s.even, t.even);
+      body(order.place(i + 1, Order::after(lanes)), s.odd, t.odd);
+    } else {
+      body(order.place(i, lanes), load<V>(student + i, lanes, 0), load<V>(teacher + i, lanes, 0));
+    }
+  }
+
   // sum_row of a plain row: keeps w and v. Sums w (s - t) in the place of w x, and the products that show how far p is from q.
-  // Writes an earlier row's gradient on the way, from the numbers that it puts its own in the place of.
+  // Fetches another row, and `to_write`, where the gradient goes. Writes an earlier row's gradient on the way, from the numbers
+  // that it puts its own in the place of.
   template <class Hard, class Gradient>
-  __attribute__((noinline)) void sum_plain_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, Pointer<const S> next_student,
-                                               Pointer<const S> next_teacher, const Gradient& gradient_of_earlier) {
+  __attribute__((noinline)) void sum_plain_row(F* kept_w, F* kept_v, F* kept_e, Order order, Hard& hard,
+                                               Pointer<const S> next_student, Pointer<const S> next_teacher,
+                                               Pointer<const S> to_write, const Gradient& gradient_of_earlier) {
     typename Hard::Sums hard_sums;
     const KlRow row(*this);  // where no store can touch it
     const PlainPowers powers(*this);
@@ -145,12 +161,8 @@ struct KlRow {
     earlier.begin();
     Sum<V> sum_w, sum_wd, sum_v;
     V sum_ww{}, sum_wv{}, sum_vv{};
-    const auto add = [&](int64_t i, auto lanes) {
-      __builtin_prefetch(address(next_student + i), 0, 3);
-      __builtin_prefetch(address(next_teacher + i), 0, 3);
-      earlier.write(i);
-      const V s = row.student_logits(i, lanes, 0), t = row.teacher_logits(i, lanes, 0);
-      const V w = only(lanes, powers.teacher(t)), v = only(lanes, powers.student(s));
+    const auto add = [&](const auto& place, V s, V t) __attribute__((always_inline)) {
+      const V w = only(place.lanes, powers.teacher(t)), v = only(place.lanes, powers.student(s));
       sum_w += w;
       sum_wd += w * (s - t);
       sum_v += v;
@@ -158,15 +170,22 @@ struct KlRow {
       sum_wv += w * v;
       sum_vv += v * v;
       if (kept_w != nullptr) {
-        store(kept_w + i, w, lanes);
-        store(kept_v + i, v, lanes);
+        store(kept_w + place.kept, w, Full{});
+        store(kept_v + place.kept, v, Full{});
       }
-      if constexpr (Hard::kStats > 0) hard.add_plain(exponentials, hard_sums, kept_e, i, lanes, s, v);
+      if constexpr (Hard::kStats > 0) hard.add_plain(exponentials, hard_sums, kept_e, place, s, v);
     };
-    for_each_vector<V>(0, classes, add, sum_w, sum_wd, sum_v, hard_sums);
+    const auto add_all = [&](int64_t i, auto lanes) {
+      __builtin_prefetch(address(next_student + i), 0, 3);
+      __builtin_prefetch(address(next_teacher + i), 0, 3);
+      __builtin_prefetch(address(to_write + i), 1, 3);
+      earlier.write(i);
+      each_vector(row.student, row.teacher, i, lanes, order, add);
+    };
+    for_each_vector<V, Order::kVectors>(0, classes, add_all, sum_w, sum_wd, sum_v, hard_sums);
     earlier.finish();
     bool within_range = true;
-    if constexpr (Hard::kStats > 0) within_range = hard.finish_plain_row(hard_sums, kept_e);
+    if constexpr (Hard::kStats > 0) within_range = hard.finish_plain_row(hard_sums, kept_e, order);
     exact_s0 = sum_w.exact();
     exact_s1 = sum_wd.exact();
     exact_z = within_range ? sum_v.exact() : inf;  // (no plain row)
@@ -499,11 +518,7 @@ struct KlDivTau {
       return load<V>(v + i, lanes, 0);
     }
     template <class Lanes>
-    KDFAST_INLINE V exponential(const Hard&, int64_t i, Lanes lanes, V s) const {
-      return exponential(i, lanes, s);
-    }
-    template <class Lanes>
-    KDFAST_INLINE V exponential(int64_t i, Lanes lanes, V) const {
+    KDFAST_INLINE V exponential(const Hard&, int64_t i, Lanes lanes, V) const {
       return load<V>(e + i, lanes, 0);
     }
   };
@@ -524,25 +539,38 @@ struct KlDivTau {
     }
   };
 
+  // The same of a plain row.
+  struct KeptPlain {
+    static constexpr bool kept = true;
+    const F *w, *v, *e;
+    template <class Place>
+    KDFAST_INLINE V teacher(const Place& place, V) const {
+      return load<V>(w + place.kept, place.lanes, 0);
+    }
+    template <class Place>
+    KDFAST_INLINE V student(const Place& place, V) const {
+      return load<V>(v + place.kept, place.lanes, 0);
+    }
+    template <class Place>
+    KDFAST_INLINE V exponential(const Place& place, V) const {
+      return load<V>(e + place.kept, place.lanes, 0);
+    }
+  };
   struct RecomputedPlain {
     static constexpr bool kept = false;
     const typename Row::PlainPowers powers;
     const typename Hard::PlainExponentials exponentials;
-    template <class Lanes>
-    KDFAST_INLINE V teacher(int64_t, Lanes lanes, V t) const {
-      return only(lanes, powers.teacher(t));
+    template <class Place>
+    KDFAST_INLINE V teacher(const Place& place, V t) const {
+      return only(place.lanes, powers.teacher(t));
     }
-    template <class Lanes>
-    KDFAST_INLINE V student(int64_t, Lanes lanes, V s) const {
-      return only(lanes, powers.student(s));
+    template <class Place>
+    KDFAST_INLINE V student(const Place& place, V s) const {
+      return only(place.lanes, powers.student(s));
     }
-    template <class Lanes>
-    KDFAST_INLINE V exponential(const Hard&, int64_t i, Lanes lanes, V s) const {
-      return exponential(i, lanes, s);
-    }
-    template <class Lanes>
-    KDFAST_INLINE V exponential(int64_t, Lanes lanes, V s) const {
-      return only(lanes, exponentials(s, powers.student(s)));
+    template <class Place>
+    KDFAST_INLINE V exponential(const Place& place, V s) const {
+      return only(place.lanes, exponentials(s, powers.student(s)));
     }
   };
 
@@ -591,47 +619,66 @@ struct KlDivTau {
     row.write_narrow_gradient(each, weights, hard, grad_row * F(args.grad_scale) * F(args.scale / args.tau), grad_student);
   }
 
-  // The student's gradient of a plain row, a vector at a time. The two multiply-adds are spelt out: whichever function this is
-  // part of, the bits are the same.
+  // The student's gradient of a plain row, a vector at a time (or two). The two multiply-adds are spelt out: whichever function
+  // this is part of, the bits are the same.
   template <class Weights>
   struct PlainGradient {
     Weights weights{};
     typename Hard::PlainGradient hard{};
     GradientRow<S> grad_student{};
     Pointer<const S> student{}, teacher{};
+    typename Row::Order order{};
     int64_t classes = 0;
     F p = 0, q = 0;
 
     PlainGradient() = default;
-    PlainGradient(const Args& args, int64_t r, F weight, const Row& row, const Hard& hard_part, Weights weights)
+    PlainGradient(const Args& args, int64_t r, F weight, const Row& row, const Hard& hard_part, Weights weights,
+                  typename Row::Order order)
         : weights(weights),
           hard(hard_part),
           grad_student(args.grad_student, args.rows, r, args.student.data),
           student(row.student),
           teacher(row.teacher),
+          order(order),
           classes(row.classes) {
+      if (hard_part.alone) return;
       const F factor = args.grad_loss.at(r, F(1)) * weight * F(args.grad_scale) * F(args.scale / args.tau);
       p = factor / row.s0;
       q = factor / row.z;
     }
+    template <class Place>
+    KDFAST_INLINE V at(const Place& place, V s, V t) const {
+      const V v = weights.student(place, s);
+      V g = multiply_add(weights.teacher(place, t), -p, splat<V>(-hard.elsewhere));
+      g = multiply_add(v, q, g);
+      if constexpr (Hard::kStats > 0) g = hard.add(g, weights, place, s, v);
+      return g;
+    }
     template <class Lanes>
     KDFAST_INLINE void operator()(int64_t i, Lanes lanes, bool past_caches) const {
-      V s{}, t{};
-      if constexpr (!Weights::kept) {
-        s = load<V>(student + i, lanes, 0);
-        t = load<V>(teacher + i, lanes, 0);
+      if constexpr (kByPairs<V, S>) {
+        Pair<V> s{}, t{};
+        if constexpr (!Weights::kept) {
+          s = load_pair(student + i, lanes);
+          t = load_pair(teacher + i, lanes);
+        }
+        const Pair<V> g{at(order.place(i, lanes), s.even, t.even), at(order.place(i + 1, order.after(lanes)), s.odd, t.odd)};
+        grad_student.put(i, g, lanes, past_caches);
+      } else {
+        V s{}, t{};
+        if constexpr (!Weights::kept) {
+          s = load<V>(student + i, lanes, 0);
+          t = load<V>(teacher + i, lanes, 0);
+        }
+        grad_student.put(i, at(order.place(i, lanes), s, t), lanes, past_caches);
       }
-      V g = multiply_add(weights.teacher(i, lanes, t), -p, splat<V>(-hard.elsewhere));
-      g = multiply_add(weights.student(i, lanes, s), q, g);
-      if constexpr (Hard::kStats > 0) g = hard.add(g, weights, i, lanes, s);
-      grad_student.put(i, g, lanes, past_caches);
     }
   };
 
   template <class Weights>
   __attribute__((noinline)) static void plain_gradient(const PlainGradient<Weights>& gradient) {
     const PlainGradient<Weights> write(gradient);  // where no store can touch it
-    for_each_vector_of<V>(write.grad_student, write.classes, write);
+    for_each_vector_of<V, Row::Order::kVectors>(write.grad_student, write.classes, write);
     write.grad_student.zero(write.classes);
   }
 
@@ -642,13 +689,13 @@ struct KlDivTau {
     // Not where a loop has 16 registers, which the two together lack: short rows were slower for it. (Nor those of pairs of two
     // types, or of float16, whose code would be compiled for little use.)
     static constexpr bool kWanted = kLanes<V> == 16 && (sizeof(S) == 4 || __is_same(S, BF16));
-    static constexpr int64_t kLine = 64 / (sizeof(S) == 4 ? 4 : 2);  // classes
+    static constexpr int64_t kLine = Row::Order::kVectors * kLanes<V>;  // classes
 
-    PlainGradient<Kept> gradient{};
+    PlainGradient<KeptPlain> gradient{};
     int64_t head = 0, end = 0;
 
     Postponed() = default;
-    explicit Postponed(const PlainGradient<Kept>& gradient)
+    explicit Postponed(const PlainGradient<KeptPlain>& gradient)
         : gradient(gradient), head(gradient.grad_student.before_line()), end(gradient.classes) {
       __builtin_prefetch(address(gradient.grad_student.data + (end - 1)), 1, 3);
     }
@@ -657,14 +704,13 @@ struct KlDivTau {
     }
     // In time for the numbers at class i and after it to be replaced.
     KDFAST_INLINE void write(int64_t i) const {
-      if (i % kLine != 0) return;
       i += head;
       if (i + kLine > end) return write_part(gradient, i, end);
-      for (int64_t j = 0; j < kLine; j += kLanes<V>) gradient(i + j, Full{}, true);
+      gradient(i, Full{}, true);
     }
     // A part of a line. (Of a copy, so that the loop may keep its own in registers.)
-    __attribute__((noinline)) static void write_part(PlainGradient<Kept> gradient, int64_t i, int64_t stop) {
-      for_each_vector<V>(i, stop, [&](int64_t k, auto lanes) { gradient(k, lanes, false); });
+    __attribute__((noinline)) static void write_part(PlainGradient<KeptPlain> gradient, int64_t i, int64_t stop) {
+      for_each_vector<V, Row::Order::kVectors>(i, stop, [&](int64_t k, auto lanes) { gradient(k, lanes, false); });
     }
     void finish() const { gradient.grad_student.zero(end); }
   };
@@ -698,7 +744,9 @@ struct KlDivTau {
         sizeof(F) == 4 && temperatures.equal && classes >= Row::kFewestClasses && !for_teacher && args.row_stats == nullptr;
     // Long rows whose gradient needs the logits again: two of the next row's would drive them out of the cache.
     const bool reads_again = args.grad_student.data != nullptr && !keep;
-    const int64_t stride = (classes + kLanes<V> - 1) / kLanes<V> * kLanes<V>;  // no vector across two cache lines
+    constexpr int64_t step = Row::Order::kVectors * kLanes<V>;
+    const int64_t stride = (classes + step - 1) / step * step;  // no vector across two cache lines
+    const typename Row::Order order{stride / 2};
     Scratch<F> scratch(keep ? together * stride * kKeptRows : 0);
     F weight[kTogether];
     Row rows[kTogether];
@@ -718,8 +766,12 @@ struct KlDivTau {
         if constexpr (sizeof(F) == 4)  // (rows of doubles are neither plain nor narrow)
           if (row.plain) {
             Pointer<const S> next_teacher = row_of<S>(args.teacher, reads_again ? first + i : next(i));
+            const GradientRow<S> gradient(args.grad_student, args.rows, first + i, args.student.data);
+            const bool into_caches = gradient && !gradient.streamed;
+            const Pointer<const S> to_write = into_caches ? Pointer<const S>(gradient.data) : next_student;
             const auto sum = [&](const auto& earlier) {
-              row.sum_plain_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student, next_teacher, earlier);
+              F* e = hard[i].degree > 0 ? nullptr : kept_e(i);  // which are made of v
+              row.sum_plain_row(kept_w(i), kept_v(i), e, order, hard[i], next_student, next_teacher, to_write, earlier);
             };
             if constexpr (Postponed::kWanted) {
               if (postponed[i].end > 0) {
@@ -774,18 +826,14 @@ struct KlDivTau {
       const auto write_plain = [&](int64_t i) {
         if constexpr (sizeof(F) == 4) {
           const int64_t r = first + i;
-          const Kept numbers{kept_w(i), kept_v(i), kept_e(i)};
-          const typename Row::PlainPowers powers(rows[i]);
-          const RecomputedPlain recomputed{powers, typename Hard::PlainExponentials(hard[i], powers.student)};
-          if constexpr (Hard::kStats > 0) {
-            hard[i].scale(args.grad_loss.at(r, F(1)) * weight[i] * F(args.hard_grad_scale));
-            if (hard[i].alone) {
-              const GradientRow<S> grad_student(args.grad_student, args.rows, r, args.student.data);
-              return keep ? hard[i].write_gradient(numbers, grad_student) : hard[i].write_gradient(recomputed, grad_student);
-            }
+          if constexpr (Hard::kStats > 0) hard[i].scale(args.grad_loss.at(r, F(1)) * weight[i] * F(args.hard_grad_scale));
+          if (!keep) {
+            const typename Row::PlainPowers powers(rows[i]);
+            const RecomputedPlain recomputed{powers, typename Hard::PlainExponentials(hard[i], powers.student)};
+            return plain_gradient(PlainGradient<RecomputedPlain>(args, r, weight[i], rows[i], hard[i], recomputed, order));
           }
-          if (!keep) return plain_gradient(PlainGradient<RecomputedPlain>(args, r, weight[i], rows[i], hard[i], recomputed));
-          const PlainGradient<Kept> gradient(args, r, weight[i], rows[i], hard[i], numbers);
+          const KeptPlain numbers{kept_w(i), kept_v(i), kept_e(i)};
+          const PlainGradient<KeptPlain> gradient(args, r, weight[i], rows[i], hard[i], numbers, order);
           if (Postponed::kWanted && gradient.grad_student.streamed)
             postponed[i] = Postponed(gradient);
           else

@@ -9,10 +9,12 @@ Pointer<const S> row_of(const Logits& logits, int64_t row) {
 }
 
 // Where a row's gradient goes. Large gradients are written past the caches: they come back from memory before they are used
-// anyway, and an ordinary store would first read the line it overwrites.
+// anyway, and an ordinary store would first read the line it overwrites. Not those of short rows, where the parts of lines at
+// the rows' ends take more time than that: from 256 classes of four bytes on, from 1024 of two, which have half as much to read
+// beside the same arithmetic.
 template <class S>
 struct GradientRow {
-  static constexpr int64_t kStreamFromBytes = 8 << 20;
+  static constexpr int64_t kStreamFromBytes = 8 << 20, kStreamRowBytesTimesEach = 4 << 10;
 
   Pointer<S> data{};
   int64_t width = 0;
@@ -23,22 +25,18 @@ struct GradientRow {
     if (gradient.data == nullptr) return;
     data = pointer_to<S>(gradient.data, gradient.dtype) + gradient.rows.offset(row);
     width = gradient.width;
-    streamed = gradient.data != student && rows * width * bytes_each(data) >= kStreamFromBytes;
+    const int64_t each = bytes_each(data);
+    streamed = gradient.data != student && width * each * each >= kStreamRowBytesTimesEach && rows * width * each >= kStreamFromBytes;
   }
   explicit operator bool() const { return address(data) != nullptr; }
 
   // Classes before the first that begins a cache line.
   int64_t before_line() const { return int64_t((64 - uintptr_t(address(data)) % 64) % 64) / bytes_each(data); }
   // past_caches: allowed where `streamed`, in the whole cache lines.
-  template <class V>
-  KDFAST_INLINE void put(int64_t i, V v, Full lanes, bool past_caches) const {
-    if (past_caches)
-      stream(data + i, v);
-    else
-      store(data + i, v, lanes);
-  }
-  template <class V>
-  KDFAST_INLINE void put(int64_t i, V v, First lanes, bool) const {
+  template <class V, class Lanes>
+  KDFAST_INLINE void put(int64_t i, V v, Lanes lanes, bool past_caches) const {
+    if constexpr (__is_same(Lanes, Full))
+      if (past_caches) return stream(data + i, v);
     store(data + i, v, lanes);
   }
   void zero(int64_t from) const {
@@ -49,7 +47,7 @@ struct GradientRow {
 // for_each_vector of a row of a gradient to write, with body(i, lanes, past_caches) for `put`. Of a streamed row the parts of
 // cache lines at both ends go into the caches, where the rows beside it complete them: in memory that took up to 30 % of the
 // time at 1003 classes.
-template <class V, class S, class Body, class... Sums>
+template <class V, int vectors = 1, class S, class Body, class... Sums>
 KDFAST_INLINE void for_each_vector_of(const GradientRow<S>& row, int64_t classes, Body body, Sums&... sums) {
   const bool streamed = row.streamed;
   const int64_t before = streamed ? row.before_line() : 0, head = before < classes ? before : classes;
@@ -59,7 +57,7 @@ KDFAST_INLINE void for_each_vector_of(const GradientRow<S>& row, int64_t classes
   for (int part = streamed ? 0 : 1, last = streamed ? 3 : 2; part < last; ++part) {
     const bool past_caches = streamed && part == 1;
     const auto each = [&](int64_t i, auto lanes) { body(i, lanes, past_caches); };
-    for_each_vector<V>(stops[part], stops[part + 1], each, sums...);
+    for_each_vector<V, vectors>(stops[part], stops[part + 1], each, sums...);
   }
 }
 // Of a student's and a teacher's row written together: the one that tells where the whole cache lines are. The other is no
@@ -92,6 +90,7 @@ template <class F, class V, class S>
 struct NoHardPart {
   static constexpr int kStats = 0;  // numbers a row for the backward pass
   static constexpr bool alone = false;
+  static constexpr int degree = 0;
 
   struct Sums {
     KDFAST_INLINE void carry() {}

@@ -480,6 +480,70 @@ KDFAST_INLINE void store(S* p, V v, First first) {
   __builtin_memcpy(p, padded, sizeof(S) * first.n);
 }
 
+// Of bfloat16 two vectors at a time, the even and the odd classes: half the instructions to widen and to narrow them.
+template <class V, class S>
+inline constexpr bool kByPairs = kLanes<V> == 16 && __is_same(S, BF16);
+template <class V>
+struct Pair {
+  V even, odd;
+};
+#if defined(KDFAST_AVX512)
+KDFAST_INLINE Pair<VecF> split(__m512i halves) {
+  return {(VecF)_mm512_slli_epi32(halves, 16), (VecF)_mm512_and_epi32(halves, _mm512_set1_epi32(int(0xFFFF0000)))};
+}
+KDFAST_INLINE __m512i joined(Pair<VecF> x) {
+#if defined(__GNUC__)
+  if (has_avx512_bf16) {
+    __m512i halves;  // the even ones, then the odd ones
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(halves) : "v"((__m512)x.even), "v"((__m512)x.odd));
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, halves);
+  }
+#endif
+  using Words = typename Half<VecF>::Words;
+  const Words even = (Words)x.even, odd = (Words)x.odd, nan = Words{} + 0x7FC00000u;
+  const Words from_even = x.even == x.even ? even + 0x7FFFu + ((even >> 16) & 1u) : nan;
+  const Words from_odd = x.odd == x.odd ? odd + 0x7FFFu + ((odd >> 16) & 1u) : nan;
+  return _mm512_mask_mov_epi16((__m512i)from_odd, 0x55555555, (__m512i)(from_even >> 16));
+}
+KDFAST_INLINE Pair<VecF> load_pair(const BF16* p, Full) { return split(_mm512_loadu_si512(p)); }
+KDFAST_INLINE Pair<VecF> load_pair(const BF16* p, First first) {
+  return split(_mm512_maskz_loadu_epi16((1u << first.n) - 1, p));
+}
+KDFAST_INLINE void store(BF16* p, Pair<VecF> x, Full) { _mm512_storeu_si512(p, joined(x)); }
+KDFAST_INLINE void store(BF16* p, Pair<VecF> x, First first) {
+  _mm512_mask_storeu_epi16(p, (1u << first.n) - 1, joined(x));
+}
+KDFAST_INLINE void stream(BF16* p, Pair<VecF> x) { _mm512_stream_si512((__m512i*)p, joined(x)); }
+#endif
+
+// The classes that a vector's lanes hold: `first` and every step-th after it.
+template <class Lanes, int step>
+struct Place {
+  int64_t first, kept;  // kept: where a row of numbers to keep has those of `first` and the others
+  Lanes lanes;
+
+  KDFAST_INLINE int64_t lane(int64_t i) const {  // of class i; no lane's number where it is not among them
+    return step == 1 ? i - first : (i - first) % step == 0 ? (i - first) / step : -1;
+  }
+};
+// The order that a row of numbers to keep has: the classes', or the even ones and from `odd` on the odd ones.
+template <bool by_pairs>
+struct KeptOrder {
+  static constexpr int kVectors = by_pairs ? 2 : 1;  // at a time
+  int64_t odd = 0;
+
+  KDFAST_INLINE int64_t at(int64_t i) const { return by_pairs ? (i & 1) * odd + (i >> 1) : i; }
+  KDFAST_INLINE int64_t count(int64_t classes) const { return by_pairs ? 2 * odd : classes; }  // zeros fill both halves
+  KDFAST_INLINE Place<Full, kVectors> place(int64_t i, Full) const { return {i, at(i), {}}; }
+  KDFAST_INLINE Place<First, kVectors> place(int64_t i, First left) const {
+    return {i, at(i), {by_pairs ? (left.n + 1) / 2 : left.n}};
+  }
+  static KDFAST_INLINE Full after(Full) { return {}; }
+  static KDFAST_INLINE First after(First left) { return {left.n - 1}; }
+};
+
 // Calls body with a value of the type in memory. Only where F is double may that be double.
 template <class F, class Body>
 KDFAST_INLINE auto with_type(DType dtype, Body body) {
@@ -586,14 +650,15 @@ struct Sum {
   KDFAST_INLINE ScalarOf<V> value() const { return ScalarOf<V>(exact()); }
 };
 
-// Calls body(i, lanes) for every vector of the classes from `begin` to `end`: i its first class, lanes Full or, for the last
-// ones, First. Carries the sums that the body adds to.
-template <class V, class Body, class... Sums>
+// Calls body(i, lanes) for every `vectors` vectors of the classes from `begin` to `end`: i their first class, lanes Full or, for
+// the last ones, First. Carries the sums that the body adds to.
+template <class V, int vectors = 1, class Body, class... Sums>
 KDFAST_INLINE void for_each_vector(int64_t begin, int64_t end, Body body, Sums&... sums) {
+  constexpr int64_t step = vectors * kLanes<V>;
   int64_t i = begin;
-  while (i + kLanes<V> <= end) {
+  while (i + step <= end) {
     const int64_t stop = sizeof...(Sums) == 0 || end - i < Sum<V>::kBlock ? end : i + Sum<V>::kBlock;
-    for (; i + kLanes<V> <= stop; i += kLanes<V>) body(i, Full{});
+    for (; i + step <= stop; i += step) body(i, Full{});
     (sums.carry(), ...);
   }
   if (i < end) body(i, First{int(end - i)});
