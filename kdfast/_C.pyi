@@ -2,8 +2,7 @@ from typing import TypedDict
 
 from torch import Tensor
 
-DIRECT_PAIRS: int  # the most logit pairs of a call that goes past torch's dispatcher, in one thread
-PAIRS_PER_TASK: int  # the most that are not worth splitting over threads
+PAIRS_PER_TASK: int  # the most logit pairs of a call that are not worth splitting over threads
 
 class BuildInfo(TypedDict):
     version: str
@@ -17,7 +16,7 @@ class BuildInfo(TypedDict):
 
 def build_info() -> BuildInfo: ...
 
-# A small call on the CPU, past torch's dispatcher. Each writes the loss, and its parts if it has any, into `values` and, unless None,
+# A call on the CPU for one thread, past torch's dispatcher. Each writes the loss, and its parts if it has any, into `values` and, unless None,
 # the student's gradient into `gradient`; False, with nothing written, where it does not take the call (csrc/direct.cpp).
 def kl_div_tau(
     values: tuple[Tensor, ...],

@@ -139,15 +139,14 @@ _SCALARS = [torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.floa
 def direct(
     loss: Loss, student: Tensor, teacher: Tensor, target: Tensor | None, reduction: int, parameters: Parameters
 ) -> tuple[Tensor, ...] | None:
-    """A small plain call on the CPU, of all columns and without weights or denominator, past torch's dispatcher, which would cost
-    more than its arithmetic: (loss, parts...). None where it is no such call: nothing is checked before."""
+    """A plain call on the CPU for one thread, of all columns and without weights or denominator, past torch's dispatcher, which
+    would cost more than a small one's arithmetic: (loss, parts...). None where it is no such call: nothing is checked before."""
     if (
         torch.compiler.is_compiling()
         or type(student) is not Tensor
         or type(teacher) is not Tensor
         or student.layout is not _strided
         or student.is_nested
-        or student.numel() > _C.DIRECT_PAIRS
         or (student.numel() > _C.PAIRS_PER_TASK and torch.get_num_threads() > 1)
         or student.is_neg()
         or teacher.is_neg()
