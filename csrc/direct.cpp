@@ -1,6 +1,6 @@
-// Calls on the CPU that one thread does: from Python to the kernels past torch's dispatcher, which costs more than a small call's
-// arithmetic, and after a model's own work, when nothing of it is in the caches, a tenth of a millisecond.
-// Tensors are read through DLPack's exchange interface, a table of C functions that torch.Tensor carries.
+// Calls on the CPU that one thread does: from Python to the kernels past torch's dispatcher, which costs more than a small
+// call's arithmetic, and after a model's own work, when nothing of it is in the caches, a tenth of a millisecond. Tensors are
+// read through DLPack's exchange interface, a table of C functions that torch.Tensor carries.
 //
 // A function here takes the plainest case alone and writes into memory that it is given. Anything else it declines: it returns
 // False, nothing is written, and the caller takes the operator of ops.cpp. The caller also sees to it that the tensors are

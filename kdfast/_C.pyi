@@ -16,8 +16,8 @@ class BuildInfo(TypedDict):
 
 def build_info() -> BuildInfo: ...
 
-# A call on the CPU for one thread, past torch's dispatcher. Each writes the loss, and its parts if it has any, into `values` and, unless None,
-# the student's gradient into `gradient`; False, with nothing written, where it does not take the call (csrc/direct.cpp).
+# A call on the CPU for one thread, past torch's dispatcher. Each writes the loss, and its parts if it has any, into `values` and,
+# unless None, the student's gradient into `gradient`; False, with nothing written, where it does not take the call (csrc/direct.cpp).
 def kl_div_tau(
     values: tuple[Tensor, ...],
     gradient: Tensor | None,

@@ -1,4 +1,4 @@
-"""Calls on the CPU for one thread go past torch's dispatcher (csrc/direct.cpp): the same bits, seen by whoever watches, declined in time."""
+"""Calls of one thread on the CPU pass torch's dispatcher by (csrc/direct.cpp): the same bits, seen by whoever watches, declined in time."""
 
 import math
 

@@ -120,7 +120,8 @@ struct HardPart {
     if (others < at_target) {
       at_target = 0;
       Sum<V> again;
-      for_each_vector<V>(0, order.count(classes), [&](int64_t i, auto lanes) { again += load<V>(kept_e + i, lanes, 0); }, again);
+      for_each_vector<V>(
+          0, order.count(classes), [&](int64_t i, auto lanes) { again += load<V>(kept_e + i, lanes, 0); }, again);
       others = again.value();
     }
     at_target = smoothing * (others + sums.target_exponential) - others;

@@ -146,8 +146,8 @@ struct KlRow {
   }
 
   // sum_row of a plain row: keeps w and v. Sums w (s - t) in the place of w x, and the products that show how far p is from q.
-  // Fetches another row, and `to_write`, where the gradient goes. Writes an earlier row's gradient on the way, from the numbers
-  // that it puts its own in the place of.
+  // Fetches another row and `to_write`. Writes an earlier row's gradient on the way, from the numbers that it puts its own in
+  // the place of.
   template <class Hard, class Gradient>
   __attribute__((noinline)) void sum_plain_row(F* kept_w, F* kept_v, F* kept_e, Order order, Hard& hard,
                                                Pointer<const S> next_student, Pointer<const S> next_teacher,
@@ -314,13 +314,15 @@ struct KlRow {
 
   // sum_row of a narrow row: keeps w and u.
   template <class Hard>
-  __attribute__((noinline)) void sum_narrow_row(F* kept_w, F* kept_u, F* kept_e, Hard& hard, Pointer<const S> next_student) {
+  __attribute__((noinline)) void sum_narrow_row(F* kept_w, F* kept_u, F* kept_e, Hard& hard, Pointer<const S> next_student,
+                                                Pointer<const S> to_write) {
     typename Hard::Sums hard_sums;
     const NarrowWeights weights(*this);
     const F exp_back = math::exp(-rest) * (1 - w_excess * ln_2);  // v = w e^x e^-rest
     Sum<V> sum_w, sum_wx, sum_w_phi;
     const auto add = [&](int64_t i, auto lanes) {
       __builtin_prefetch(address(next_student + i), 0, 2);
+      __builtin_prefetch(address(to_write + i), 1, 3);
       V w, u, wx, w_phi;
       weights(i, lanes, w, u, wx, w_phi);
       sum_w += w;
@@ -340,15 +342,17 @@ struct KlRow {
   }
 
   // The pass for the sums, the hard part's too. Keeps w, v and the hard part's exponentials where there are scratch rows for
-  // them, and fetches another row.
+  // them, and fetches another row's student and `to_write`, where the gradient goes.
   template <class Hard>
-  __attribute__((noinline)) void sum_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, Pointer<const S> next_student) {
+  __attribute__((noinline)) void sum_row(F* kept_w, F* kept_v, F* kept_e, Hard& hard, Pointer<const S> next_student,
+                                         Pointer<const S> to_write) {
     typename Hard::Sums hard_sums;
     const KlRow row(*this);              // where no store can touch it
     const F exp_rest = math::exp(rest);  // w e^x = v e^rest
     Sum<V> sum_w, sum_wx, sum_v, sum_w_phi;
     const auto add = [&](int64_t i, auto lanes) {
       __builtin_prefetch(address(next_student + i), 0, 2);
+      __builtin_prefetch(address(to_write + i), 1, 3);
       const V s = row.student_logits(i, lanes), t = row.teacher_logits(i, lanes);
       const V w = row.teacher_weight(t), v = row.student_weight(s), difference_or_nan = row.difference(s, t);
       const V x = w == 0 ? V{} : difference_or_nan;  // 0 log 0
@@ -763,12 +767,12 @@ struct KlDivTau {
       const auto find_sums = [&](int64_t i) {
         Row& row = rows[i];
         Pointer<const S> next_student = row_of<S>(args.student, next(i));
+        const GradientRow<S> gradient(args.grad_student, args.rows, first + i, args.student.data);
+        const bool into_caches = gradient && !gradient.streamed;
+        const Pointer<const S> to_write = into_caches ? Pointer<const S>(gradient.data) : next_student;
         if constexpr (sizeof(F) == 4)  // (rows of doubles are neither plain nor narrow)
           if (row.plain) {
             Pointer<const S> next_teacher = row_of<S>(args.teacher, reads_again ? first + i : next(i));
-            const GradientRow<S> gradient(args.grad_student, args.rows, first + i, args.student.data);
-            const bool into_caches = gradient && !gradient.streamed;
-            const Pointer<const S> to_write = into_caches ? Pointer<const S>(gradient.data) : next_student;
             const auto sum = [&](const auto& earlier) {
               F* e = hard[i].degree > 0 ? nullptr : kept_e(i);  // which are made of v
               row.sum_plain_row(kept_w(i), kept_v(i), e, order, hard[i], next_student, next_teacher, to_write, earlier);
@@ -785,8 +789,8 @@ struct KlDivTau {
         write_postponed(postponed[i]);
         hard[i].start(row.stat[KlStat::s_max]);
         if constexpr (sizeof(F) == 4)
-          if (row.narrow) return row.sum_narrow_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
-        row.sum_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student);
+          if (row.narrow) return row.sum_narrow_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student, to_write);
+        row.sum_row(kept_w(i), kept_v(i), kept_e(i), hard[i], next_student, to_write);
       };
       const auto read_again = [&](int64_t i) {  // a row that is not plain after all
         rows[i].begin(rows[i].student, rows[i].teacher);

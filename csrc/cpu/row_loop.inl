@@ -26,7 +26,8 @@ struct GradientRow {
     data = pointer_to<S>(gradient.data, gradient.dtype) + gradient.rows.offset(row);
     width = gradient.width;
     const int64_t each = bytes_each(data);
-    streamed = gradient.data != student && width * each * each >= kStreamRowBytesTimesEach && rows * width * each >= kStreamFromBytes;
+    streamed =
+        gradient.data != student && width * each * each >= kStreamRowBytesTimesEach && rows * width * each >= kStreamFromBytes;
   }
   explicit operator bool() const { return address(data) != nullptr; }
 

@@ -512,9 +512,7 @@ KDFAST_INLINE Pair<VecF> load_pair(const BF16* p, First first) {
   return split(_mm512_maskz_loadu_epi16((1u << first.n) - 1, p));
 }
 KDFAST_INLINE void store(BF16* p, Pair<VecF> x, Full) { _mm512_storeu_si512(p, joined(x)); }
-KDFAST_INLINE void store(BF16* p, Pair<VecF> x, First first) {
-  _mm512_mask_storeu_epi16(p, (1u << first.n) - 1, joined(x));
-}
+KDFAST_INLINE void store(BF16* p, Pair<VecF> x, First first) { _mm512_mask_storeu_epi16(p, (1u << first.n) - 1, joined(x)); }
 KDFAST_INLINE void stream(BF16* p, Pair<VecF> x) { _mm512_stream_si512((__m512i*)p, joined(x)); }
 #endif
 
@@ -650,8 +648,8 @@ struct Sum {
   KDFAST_INLINE ScalarOf<V> value() const { return ScalarOf<V>(exact()); }
 };
 
-// Calls body(i, lanes) for every `vectors` vectors of the classes from `begin` to `end`: i their first class, lanes Full or, for
-// the last ones, First. Carries the sums that the body adds to.
+// Calls body(i, lanes) for every `vectors` vectors of the classes from `begin` to `end`: i their first class, lanes Full or,
+// for the last ones, First. Carries the sums that the body adds to.
 template <class V, int vectors = 1, class Body, class... Sums>
 KDFAST_INLINE void for_each_vector(int64_t begin, int64_t end, Body body, Sums&... sums) {
   constexpr int64_t step = vectors * kLanes<V>;
