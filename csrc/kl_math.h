@@ -107,15 +107,13 @@ struct Exp2Series<float> {  // 2.5e-9 relative
 struct ShortExp2Series {  // the same, 2.1e-7 relative: for weights that stand in ratios alone
   static constexpr float of[] = {1.00000008f, 0.693147188f, 0.240221075f, 0.0555035711f, 0.00967603192f, 0.00133908634f};
 };
-template <int steps>
-struct StepExp2Series;  // 2^x on half a step about 0, of so many steps to 1
-template <>
-struct StepExp2Series<32> {  // 5.4e-8 relative
-  static constexpr float of[] = {1.0f, 0.6931573f, 0.24022827f};
-};
-template <>
-struct StepExp2Series<8> {  // 3.8e-8 relative
+struct SixteenthExp2Series {  // 2^x on [-1/16, 1/16], 3.8e-8 relative
   static constexpr float of[] = {1.0f, 0.6931472f, 0.24025469f, 0.055508014f};
+};
+// 2^x on [-1/64, 1/64], 5.3e-8 relative, is kScale ((x + kShift)^2 + kRest): an addition in the place of a multiply-add, of
+// which the sums have enough.
+struct SquareExp2 {
+  static constexpr float kScale = 0.24022813f, kShift = 1.44270647f, kRest = 2.08130789f;
 };
 template <>
 struct PhiSeries<double> {  // 1.5e-17 relative

@@ -242,15 +242,15 @@ struct PowersFrom {
   float unit() const { return math::exp(0.693147181f * float(double(from) * c - origin)); }  // 2^(c from - origin)
 
 #if defined(KDFAST_AVX512)
-  // 2^(i / 32)
+  // SquareExp2::kScale 2^(i / 32)
   alignas(64) static constexpr float kPowers[32] = {
-      1.0f,       1.0218972f, 1.0442737f, 1.0671405f, 1.0905077f, 1.1143868f, 1.1387886f, 1.1637249f,
-      1.1892071f, 1.2152474f, 1.2418578f, 1.269051f,  1.2968396f, 1.3252367f, 1.3542556f, 1.38391f,
-      1.4142135f, 1.4451808f, 1.4768262f, 1.5091645f, 1.5422108f, 1.5759809f, 1.6104903f, 1.6457555f,
-      1.6817929f, 1.7186193f, 1.7562522f, 1.7947091f, 1.8340081f, 1.8741677f, 1.9152066f, 1.9571441f};
+      0.240228131f, 0.245488435f, 0.25086394f,  0.256357133f, 0.261970639f, 0.26770705f,  0.273569077f, 0.279559433f,
+      0.285681009f, 0.291936606f, 0.298329175f, 0.304861724f, 0.311537355f, 0.318359107f, 0.325330287f, 0.332454085f,
+      0.339733869f, 0.347173095f, 0.35477519f,  0.362543762f, 0.370482415f, 0.378594935f, 0.386885077f, 0.395356774f,
+      0.404013962f, 0.412860692f, 0.421901166f, 0.431139618f, 0.440580338f, 0.450227797f, 0.460086495f, 0.47016108f};
   static constexpr float magic = 0x1.8p+18f, kMostOrigin = 120;  // adding magic rounds to 1/32
   static constexpr float kMostSquares = kMostPower;
-  VecF low, high;  // 2^(i / 32 - origin)
+  VecF low, high;  // kPowers 2^-origin
 
   PowersFrom(float c, float from) : c(c), from(from) {
     const float shift = from * c, bounded = shift > kMostOrigin ? kMostOrigin : shift > -kMostOrigin ? shift : -kMostOrigin;
@@ -261,7 +261,8 @@ struct PowersFrom {
   }
   KDFAST_INLINE VecF operator()(VecF x) const {
     const VecF shifted = _mm512_fmadd_ps(x, splat<VecF>(c), splat<VecF>(magic)), rounded = shifted - magic;
-    const VecF power = math::polynomial<math::StepExp2Series<32>>((VecF)_mm512_fmsub_ps(x, splat<VecF>(c), rounded));
+    const VecF shifted_fraction = (VecF)_mm512_fmsub_ps(x, splat<VecF>(c), rounded) + math::SquareExp2::kShift;
+    const VecF power = _mm512_fmadd_ps(shifted_fraction, shifted_fraction, splat<VecF>(math::SquareExp2::kRest));
     const VecF step = _mm512_permutex2var_ps(low, (__m512i)shifted, high);  // by the five lowest bits
     return _mm512_scalef_ps(step * power, rounded);                         // (FlushSubnormals is on)
   }
@@ -285,7 +286,7 @@ struct PowersFrom {
   KDFAST_INLINE VecF operator()(VecF x) const {
     x = vmin(most, vmax(least, x));
     const VecF shifted = multiply_add(x, c, splat<VecF>(magic)), rounded = shifted - magic;
-    const VecF power = math::polynomial<math::StepExp2Series<8>>((VecF)_mm256_fmsub_ps(x, splat<VecF>(c), rounded));
+    const VecF power = math::polynomial<math::SixteenthExp2Series>((VecF)_mm256_fmsub_ps(x, splat<VecF>(c), rounded));
     const __m256i steps = (__m256i)shifted;
     const __m256i step = (__m256i)_mm256_permutevar8x32_ps(powers, steps);  // by the three lowest bits
     // (The step is subnormal where the power is 0, and FlushSubnormals is on.)
