@@ -100,6 +100,7 @@ bool direct(Loss loss, Object values, Object gradient, Object student, Object te
     Contiguous out;
     if (by == Reduction::None || !out.read(gradient) || out.floating() != s_dtype || !out.same_shape(s)) return false;
     args.grad_student = {out.data, *s_dtype, args.classes, rows};
+    advise_huge_pages(out.data, size_t(out.numel) * (out.tensor.dtype.bits / 8));
   }
   if constexpr (std::is_same_v<Loss, KdLoss>) {
     Contiguous classes;

@@ -7,6 +7,10 @@
 #include <optional>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "kernels.h"
 #include "kl_math.h"
 
@@ -226,5 +230,17 @@ class CpuReduction {
     store(values[2], wide, soft);
   }
 };
+
+// For a gradient that is about to be written on the CPU. Fresh memory comes from the system page by page, and for a large
+// gradient that costs more than its arithmetic: huge pages cost an eighth of it. A hint, which the system may ignore.
+inline void advise_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096;
+  constexpr size_t kFrom = 4 << 20;
+  if (bytes < kFrom) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data), first = (begin + kPage - 1) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / kPage * kPage, MADV_HUGEPAGE);
+#endif
+}
 
 }  // namespace kdfast

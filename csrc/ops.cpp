@@ -10,10 +10,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <initializer_list>
 #include <optional>
@@ -155,23 +151,10 @@ std::vector<int64_t> sizes_of(const Tensor& tensor) {
   return std::vector<int64_t>(sizes.begin(), sizes.end());
 }
 
-// Fresh memory comes from the system page by page, and for a large gradient that costs more than its arithmetic: huge pages
-// cost an eighth of it. A hint, which the system may ignore.
-void advise_huge_pages(const Tensor& tensor) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 4096;
-  constexpr size_t kFrom = 8 << 20;
-  const size_t bytes = size_t(tensor.numel()) * tensor.element_size();
-  if (bytes < kFrom) return;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr()), first = (begin + kPage - 1) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / kPage * kPage, MADV_HUGEPAGE);
-#endif
-}
-
 // A gradient for `input`, contiguous; an empty tensor where it is not wanted.
 Tensor new_gradient(const Tensor& input, bool wanted) {
   Tensor gradient = empty_like_device(input, wanted ? sizes_of(input) : std::vector<int64_t>{0}, input.scalar_type());
-  if (input.is_cpu()) advise_huge_pages(gradient);
+  if (input.is_cpu()) advise_huge_pages(gradient.data_ptr(), size_t(gradient.numel()) * gradient.element_size());
   return gradient;
 }
 

@@ -1,6 +1,8 @@
 """Calls of one thread on the CPU pass torch's dispatcher by (csrc/direct.cpp): the same bits, seen by whoever watches, declined in time."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +104,26 @@ def test_a_call_worth_two_threads_is_direct_in_one(monkeypatch: pytest.MonkeyPat
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*losses)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages")
+@pytest.mark.parametrize("threads", [1, 2])  # past the dispatcher and through it
+def test_a_large_gradient_asks_for_huge_pages(threads: int):
+    """Fresh memory of small pages takes three times the loss's own time."""
+    before = torch.get_num_threads()
+    s, t = torch.randn(16, 1 << 20, requires_grad=True), torch.randn(16, 1 << 20)
+    try:
+        torch.set_num_threads(threads)
+        (gradient,) = torch.autograd.grad(kdfast.kl_div_tau(s, t, 3.0), [s])
+    finally:
+        torch.set_num_threads(before)
+    middle, inside, flags = gradient.data_ptr() + (32 << 20), False, ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if mapping := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(mapping[1], 16) <= middle < int(mapping[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags = line
+    assert "hg" in flags.split()
 
 
 def test_a_negated_view():
