@@ -50,13 +50,13 @@ struct HardPart {
   KDFAST_INLINE V exponential(const HardPart&, int64_t, Lanes, V s) const {
     return exponential(s);
   }
-  // The target's place among a vector's lanes.
+  // The target's place among a vector's lanes; false where it has none.
   struct TargetLane {
-    int64_t lane;
+    int64_t lane, lanes;
 
     template <class Place>
-    KDFAST_INLINE TargetLane(int64_t target, const Place& place) : lane(place.lane(target)) {}
-    KDFAST_INLINE explicit operator bool() const { return uint64_t(lane) < uint64_t(kLanes<V>); }
+    KDFAST_INLINE TargetLane(int64_t target, const Place& place) : lane(place.lane(target)), lanes(count_of<V>(place.lanes)) {}
+    KDFAST_INLINE explicit operator bool() const { return uint64_t(lane) < uint64_t(lanes); }
     KDFAST_INLINE IntOf<V> mask() const { return lane_numbers<V>() == ScalarOf<IntOf<V>>(lane); }
   };
 

@@ -70,6 +70,32 @@ const GradientRow<S>& leading_row(GradientRow<S>& grad_student, GradientRow<S>& 
   return grad_student;
 }
 
+// The classes that a vector's lanes hold: `first` and every step-th after it.
+template <class Lanes, int step>
+struct Place {
+  int64_t first, kept;  // kept: where a row of numbers to keep has those of `first` and the others
+  Lanes lanes;
+
+  KDFAST_INLINE int64_t lane(int64_t i) const {  // of class i; no lane's number where it is not among them
+    return step == 1 ? i - first : (i - first) % step == 0 ? (i - first) / step : -1;
+  }
+};
+// The order that a row of numbers to keep has: the classes', or the even ones and from `odd` on the odd ones.
+template <bool by_pairs>
+struct KeptOrder {
+  static constexpr int kVectors = by_pairs ? 2 : 1;  // at a time
+  int64_t odd = 0;
+
+  KDFAST_INLINE int64_t at(int64_t i) const { return by_pairs ? (i & 1) * odd + (i >> 1) : i; }
+  KDFAST_INLINE int64_t count(int64_t classes) const { return by_pairs ? 2 * odd : classes; }  // zeros fill both halves
+  KDFAST_INLINE Place<Full, kVectors> place(int64_t i, Full) const { return {i, at(i), {}}; }
+  KDFAST_INLINE Place<First, kVectors> place(int64_t i, First left) const {
+    return {i, at(i), {by_pairs ? (left.n + 1) / 2 : left.n}};
+  }
+  static KDFAST_INLINE Full after(Full) { return {}; }
+  static KDFAST_INLINE First after(First left) { return {left.n - 1}; }
+};
+
 // A row of numbers to keep between two passes over a row; on the stack where it is short.
 template <class F>
 struct Scratch {

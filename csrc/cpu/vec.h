@@ -459,6 +459,14 @@ template <class V, class S>
 KDFAST_INLINE V load(const S* p, Full, ScalarOf<V>) {
   return load<V>(p, Full{});
 }
+template <class V>
+KDFAST_INLINE int64_t count_of(Full) {
+  return kLanes<V>;
+}
+template <class V>
+KDFAST_INLINE int64_t count_of(First first) {
+  return first.n;
+}
 // x in the lanes, 0 in the others.
 template <class V>
 KDFAST_INLINE V only(Full, V x) {
@@ -516,32 +524,6 @@ KDFAST_INLINE void store(BF16* p, Pair<VecF> x, Full) { _mm512_storeu_si512(p, j
 KDFAST_INLINE void store(BF16* p, Pair<VecF> x, First first) { _mm512_mask_storeu_epi16(p, (1u << first.n) - 1, joined(x)); }
 KDFAST_INLINE void stream(BF16* p, Pair<VecF> x) { _mm512_stream_si512((__m512i*)p, joined(x)); }
 #endif
-
-// The classes that a vector's lanes hold: `first` and every step-th after it.
-template <class Lanes, int step>
-struct Place {
-  int64_t first, kept;  // kept: where a row of numbers to keep has those of `first` and the others
-  Lanes lanes;
-
-  KDFAST_INLINE int64_t lane(int64_t i) const {  // of class i; no lane's number where it is not among them
-    return step == 1 ? i - first : (i - first) % step == 0 ? (i - first) / step : -1;
-  }
-};
-// The order that a row of numbers to keep has: the classes', or the even ones and from `odd` on the odd ones.
-template <bool by_pairs>
-struct KeptOrder {
-  static constexpr int kVectors = by_pairs ? 2 : 1;  // at a time
-  int64_t odd = 0;
-
-  KDFAST_INLINE int64_t at(int64_t i) const { return by_pairs ? (i & 1) * odd + (i >> 1) : i; }
-  KDFAST_INLINE int64_t count(int64_t classes) const { return by_pairs ? 2 * odd : classes; }  // zeros fill both halves
-  KDFAST_INLINE Place<Full, kVectors> place(int64_t i, Full) const { return {i, at(i), {}}; }
-  KDFAST_INLINE Place<First, kVectors> place(int64_t i, First left) const {
-    return {i, at(i), {by_pairs ? (left.n + 1) / 2 : left.n}};
-  }
-  static KDFAST_INLINE Full after(Full) { return {}; }
-  static KDFAST_INLINE First after(First left) { return {left.n - 1}; }
-};
 
 // Calls body with a value of the type in memory. Only where F is double may that be double.
 template <class F, class Body>
