@@ -214,7 +214,7 @@ def _train(rank: int, folder: str) -> None:
         dist.barrier()  # neither leaves while the other is still talking to it
     finally:
         dist.destroy_process_group()
-    os._exit(0)  # gloo's threads now and then abort a process at the interpreter's end, after all that is tested here
+    os._exit(0)  # not through the finalization, where a process of the two has aborted once (a C++ thread not joined)
 
 
 @pytest.fixture(scope="module")

@@ -321,6 +321,11 @@ KDFAST_INLINE typename Half<V>::Floats widen(typename Half<V>::Bits h, BF16) {
 #endif
   return (typename Half<V>::Floats)(__builtin_convertvector(h, typename Half<V>::Words) << 16);
 }
+// Rounds to the upper halves; not a NaN, which some payloads would carry into a number.
+template <class Words>
+KDFAST_INLINE Words rounded_to_bf16(Words w) {
+  return w + 0x7FFFu + ((w >> 16) & 1u);
+}
 template <class V>
 KDFAST_INLINE typename Half<V>::Bits narrow(typename Half<V>::Floats x, BF16) {
 #if defined(KDFAST_AVX512) && defined(__GNUC__)
@@ -335,7 +340,7 @@ KDFAST_INLINE typename Half<V>::Bits narrow(typename Half<V>::Floats x, BF16) {
 #endif
   using Words = typename Half<V>::Words;
   const Words w = (Words)x;
-  const Words rounded = w + 0x7FFFu + ((w >> 16) & 1u);  // the upper halves, but of a NaN
+  const Words rounded = rounded_to_bf16(w);
 #if defined(KDFAST_AVX512)
   if constexpr (sizeof(w) == 64) {  // the odd words, and NaN's, in one instruction instead of four
     const __m512i words = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17, 15,
@@ -511,9 +516,9 @@ KDFAST_INLINE __m512i joined(Pair<VecF> x) {
   }
 #endif
   using Words = typename Half<VecF>::Words;
-  const Words even = (Words)x.even, odd = (Words)x.odd, nan = Words{} + 0x7FC00000u;
-  const Words from_even = x.even == x.even ? even + 0x7FFFu + ((even >> 16) & 1u) : nan;
-  const Words from_odd = x.odd == x.odd ? odd + 0x7FFFu + ((odd >> 16) & 1u) : nan;
+  const Words nan = Words{} + 0x7FC00000u;
+  const Words from_even = x.even == x.even ? rounded_to_bf16((Words)x.even) : nan;
+  const Words from_odd = x.odd == x.odd ? rounded_to_bf16((Words)x.odd) : nan;
   return _mm512_mask_mov_epi16((__m512i)from_odd, 0x55555555, (__m512i)(from_even >> 16));
 }
 KDFAST_INLINE Pair<VecF> load_pair(const BF16* p, Full) { return split(_mm512_loadu_si512(p)); }
