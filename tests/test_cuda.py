@@ -6,12 +6,14 @@ see .ci/run. PyTorch's own CUDA kernels need not run there: tensors are made and
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import on_host
 import pytest
 import torch
 from helpers import BF16, F16, F32, F64, INF, Where
+from torch import Tensor
 
 pytestmark = [
     pytest.mark.cuda,
@@ -192,6 +195,94 @@ def test_the_students_top_far_from_the_teachers(k: int) -> None:
         helpers.check(CUDA, "kl_div_tau", s, t, grads=grads, reduction="none")
 
 
+# ---- rows that look plain (csrc/cuda/kl_div_tau.cuh), are, or are not ---------------------------------------------------------
+
+
+def _plain_logits(k: int, dtype: torch.dtype, spread: float = 3.0, noise: float = 1.0, rows: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(k)
+    t = (spread * torch.randn(rows, k, generator=generator)).to(dtype)
+    return (t.to(F32) + noise * torch.randn(rows, k, generator=generator)).to(dtype), t
+
+
+PLAIN_LENGTHS = (1000, 1003, 4096, 20000)  # a warp, a block, clusters
+
+
+@pytest.mark.parametrize("noise", [0.15, 0.2, 0.26, 0.35, 1.0])
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_a_row_alone_is_within_budget(dtype: torch.dtype, spread: float, noise: float) -> None:
+    """As in test_accuracy.py: student and teacher as near as where the plain form begins, which has the largest errors."""
+    for k, rows in ((260, 20), (1000, 20), (4096, 5), (32000, 1)):
+        s, t = _plain_logits(k, dtype, spread, noise, rows)
+        for i in range(rows):
+            for grads in ("", "s"):
+                helpers.check(CUDA, "kl_div_tau", s[i : i + 1], t[i : i + 1], reduction="sum", grads=grads)
+
+
+def _masked(s: Tensor, t: Tensor, value: float, where: str, sides: str) -> None:
+    k = s.shape[1]
+    mask = {"some": torch.arange(k) % 9 == 4, "half": torch.arange(k) >= k // 2}[where]
+    for x, side in ((s, "s"), (t, "t")):
+        if side in sides:
+            x[:, mask] = value
+
+
+def _alike_where_the_mass_is(s: Tensor, t: Tensor) -> None:
+    s -= 30
+    t -= 30
+    t[:, 5] = 4
+    s[:, 5] = 4.125
+
+
+def _near_in_half(s: Tensor, t: Tensor) -> None:
+    """One half of the row has the mass, and differs little; the other half, whole blocks of a cluster, differs a lot."""
+    half = s.shape[1] // 2
+    s[:, :half] = t[:, :half] + 0.01 * s[:, :half]
+    s[:, half:] -= 40
+    t[:, half:] -= 40
+
+
+def _not_numbers(s: Tensor, t: Tensor) -> None:
+    k = s.shape[1]
+    s[0, k // 3], s[1, 7], t[2, k - 1] = -INF, math.nan, math.nan
+
+
+def _infinite(s: Tensor, t: Tensor) -> None:
+    s[0, s.shape[1] // 3] = t[1, 3] = INF
+
+
+ROWS: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "plain": lambda s, t: None,
+    "alike where the mass is": _alike_where_the_mass_is,
+    "near in one half": _near_in_half,
+    "offset": lambda s, t: s.add_(100),
+    "large": lambda s, t: (s.mul_(1e6), t.mul_(1e6)),
+    "largest": lambda s, t: (s.mul_(1e30), t.mul_(1e30)),
+    "the student's top": lambda s, t: s[:, 11].add_(300),
+    "not numbers": _not_numbers,
+    "infinite": _infinite,
+    **{
+        f"{name} in {where} of {sides}": functools.partial(_masked, value=value, where=where, sides=sides)
+        for name, value in (("-inf", -INF), ("-1e38", -1e38))
+        for where in ("some", "half")
+        for sides in ("st", "t", "s")
+        if (value, sides) not in ((-1e38, "s"), (-1e38, "t"))  # a loss beyond float32; a slice that the stable form loses
+    },
+}
+
+
+@pytest.mark.parametrize("k", PLAIN_LENGTHS)
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_that_look_plain(case: str, dtype: torch.dtype, k: int) -> None:
+    s, t = _plain_logits(k, dtype)
+    ROWS[case](s, t)
+    for tau, grads in ((1.0, ""), (1.0, "s"), (4.0, "s")):
+        helpers.check(CUDA, "kl_div_tau", s, t, tau=tau, grads=grads, reduction="sum")
+    if case != "largest":  # whose cross-entropy is beyond what float32 holds
+        helpers.check(CUDA, "kd_loss", s, t, tau=4.0, reduction="sum", label_smoothing=0.1 if "in" not in case.split() else 0.0)
+
+
 def test_more_elements_than_32_bits_count() -> None:
     """Each row begins one element after the one before, so that rows times K is beyond 2**31 in 4 MB; only the last two
     are read. (tests/cpp/test_row_layout.cpp has the offsets.)"""
@@ -250,6 +341,7 @@ _CALLS = {
     **{f"{loss} apart": f"{loss}(s, t, {_APART})" for loss in ("logit_mse", "logit_huber")},
     **{loss: f'{loss}(s, t, backend="cpp")' for loss in ("kl_div_tau", "logit_mse", "logit_huber")},
     **{soft: f'kd_loss(s, t, {_TARGET}, soft="{soft}", reduction="sum", backend="cpp")' for soft in ("kl", "mse")},
+    "kl_div_tau at 4": 'kl_div_tau(s, t, 4.0, backend="cpp")',
     "mean": f'kd_loss(s, t, {_TARGET}, backend="cpp")',
 }
 
@@ -284,7 +376,7 @@ def test_the_mean_of_kd_loss_counts_its_rows_first(tmp_path: Path) -> None:
     assert ["divisor" in launch["kernel"] for launch in launches] == [True, False] * 2
 
 
-@pytest.mark.parametrize("call", [call for call in _CALLS if call != "mean"])
+@pytest.mark.parametrize("call", [call for call in _CALLS if call not in ("mean", "kl_div_tau at 4")])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_one_launch_reads_each_logit_once(tmp_path: Path, call: str, dtype: str) -> None:
     cases = [(1000, 16), (1003, 16), (4096, 4), (32000, 1), (50257, 1), (128256, 1)]
@@ -306,3 +398,12 @@ def test_one_launch_reads_each_logit_once(tmp_path: Path, call: str, dtype: str)
         bound = 1.02 if k * size % 32 == 0 else 1.15  # a sector has 32 bytes; K = 1000: every other bf16 row begins within one
         for kind in ("load", "store")[: 1 + (gradients > 0)]:
             assert launch[f"{kind}_sectors"] <= bound * launch[f"{kind}_sectors_ideal"], (k, kind)
+
+
+@pytest.mark.parametrize("call, forward, both", [("kl_div_tau at 4", 24, 40), ("logit_mse", 8, 8)])
+def test_instructions_a_pair(tmp_path: Path, call: str, forward: int, both: int) -> None:
+    """Of ordinary rows of bfloat16, the loss alone and with the student's gradient."""
+    cases = [(1000, 64), (4096, 8), (32000, 2), (128256, 1)]
+    for i, launch in enumerate(_statistics(tmp_path, call, "bfloat16", cases)):
+        k, rows = cases[i // 2]
+        assert launch["warp_instructions"] * 32 <= (forward, both)[i % 2] * k * rows, (k, launch["warp_instructions"])

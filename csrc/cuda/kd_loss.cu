@@ -102,10 +102,12 @@ struct KdLoss {
           alone(args.alpha == 0),
           writes(args.alpha != 1) {}
   };
-  struct Partial {
-    typename Soft::Partial soft;
+  template <class SoftPartial>
+  struct WithHard {
+    SoftPartial soft;
     HardSums<float> hard;
   };
+  using Partial = WithHard<typename Soft::Partial>;
   struct Row {
     typename Soft::Row soft;
     HardRow<float> hard;
@@ -145,20 +147,38 @@ struct KdLoss {
 
     __device__ __forceinline__ void begin_row(const Task& task) { this->task = &task; }
 
+    static constexpr bool kReads = requires(const decltype(soft)& soft) { soft.is_plain(); };
+
+    __device__ __forceinline__ void read(const Parameters& p, const Plan& plan, const Team& team, const RowSpan& span,
+                                         const Slice& slice, const void* student, const void* teacher, Shared& shared) {
+      soft.read(p.soft, plan, team, span, slice, student, teacher, shared.soft, beside(p, team, span, slice, shared));
+    }
+    __device__ __forceinline__ void read_again(const Slice& slice) { soft.read_again(slice); }
+    __device__ __forceinline__ bool is_plain() const
+      requires kReads
+    {
+      return soft.is_plain();
+    }
+    __device__ __forceinline__ auto powers() const { return soft.powers(); }
+    template <class Powers>
+    __device__ __forceinline__ auto sum_plain(const Parameters& p, const Team& team, const Slice& slice, Shared& shared,
+                                              Powers& powers) const {
+      const auto sums = soft.sum_plain(p.soft, team, slice, shared.soft, powers);
+      return WithHard<decltype(soft.sum_plain(p.soft, team, slice, shared.soft, powers))>{sums, kept(team, shared)};
+    }
+
     template <class GradientOf, class FactorOf>
     __device__ __forceinline__ Partial reduce(const Parameters& p, const Team& team, const RowSpan& span, const Slice& slice,
                                               const void* student, const void* teacher, GradientOf gradient_of,
                                               FactorOf factor_of, Shared& shared) {
-      // Kept in shared memory meanwhile: the soft part has use for every register.
-      HardSums<float>& kept = shared.kept[team.slot()];
-      const auto beside = [&](auto... s_max) {
-        const HardSums<float> sums = sum(p, team, span, slice, shared, s_max...);
-        if (team.leads()) kept = sums;
-      };
       Partial partial;
-      partial.soft = soft.reduce(p.soft, team, span, slice, student, teacher, gradient_of, factor_of, shared.soft, beside);
-      team.warps > 1 ? __syncthreads() : __syncwarp(team.mask);
-      if (task->plan.slices > 1) partial.hard = shared.kept[team.slot()];
+      if constexpr (kReads)
+        partial.soft = soft.reduce(p.soft, team, span, slice, student, teacher, gradient_of, factor_of, shared.soft);
+      else
+        partial.soft = soft.reduce(p.soft, team, span, slice, student, teacher, gradient_of, factor_of, shared.soft,
+                                   beside(p, team, span, slice, shared));
+      const HardSums<float>& hard = kept(team, shared);
+      if (task->plan.slices > 1) partial.hard = hard;
       return partial;
     }
 
@@ -171,18 +191,43 @@ struct KdLoss {
 
     __device__ __forceinline__ void write_gradient(const Parameters& p, const RowSpan& span, const Slice& slice, const Row& row,
                                                    const GradientRow& gradient, float soft_factor) const {
+      mixed(p, span, slice, row,
+            [&](auto mix) { soft.write_gradient(p.soft, span, slice, row.soft, gradient, soft_factor, mix); });
+    }
+    template <class Powers>
+    __device__ __forceinline__ void write_plain(const Parameters& p, const RowSpan& span, const Slice& slice, const Row& row,
+                                                const Powers& powers, const GradientRow& gradient, float soft_factor) const {
+      mixed(p, span, slice, row,
+            [&](auto mix) { soft.write_plain(p.soft, span, slice, row.soft, powers, gradient, soft_factor, mix); });
+    }
+
+   private:
+    // The hard part's sums are kept in shared memory meanwhile: the soft part has use for every register.
+    __device__ __forceinline__ auto beside(const Parameters& p, const Team& team, const RowSpan& span, const Slice& slice,
+                                           Shared& shared) const {
+      return [&](auto... s_max) {
+        const HardSums<float> sums = sum(p, team, span, slice, shared, s_max...);
+        if (team.leads()) shared.kept[team.slot()] = sums;
+      };
+    }
+    static __device__ __forceinline__ const HardSums<float>& kept(const Team& team, const Shared& shared) {
+      team.warps > 1 ? __syncthreads() : __syncwarp(team.mask);
+      return shared.kept[team.slot()];
+    }
+    // write(mix): writes the soft part's gradient, each vector of which `mix` mixes with the hard part's.
+    template <class Write>
+    __device__ __forceinline__ void mixed(const Parameters& p, const RowSpan& span, const Slice& slice, const Row& row,
+                                          Write write) const {
       const SoftExponential<H::packed> exponential(kLog2E, row.hard.stat[HardStat::s_max]);
       const int64_t index = task->plan.row_again();
       const Target target(p.args, index);
       HardGradient<float> hard(row.hard.stat, hard_factor(p.args, *task, index, p.args.weight.at(index, 1.f)), p.smoothing,
                                p.classes);
       hard.factor *= exponential.unit(row.hard.stat[HardStat::s_max]);
-      soft.write_gradient(p.soft, span, slice, row.soft, gradient, soft_factor, [&](int v, float (&g)[H::width]) {
+      write([&](int v, float (&g)[H::width]) {
         add_hard(p, exponential, hard, target, logits_of(v), first_class<H>(span, slice, v), g);
       });
     }
-
-   private:
     __device__ __forceinline__ H logits_of(int v) const {
       if constexpr (requires { soft.student(v); })
         return soft.student(v);
@@ -267,10 +312,20 @@ struct KdLoss {
     return {Soft::row_of(p.soft, partial.soft), HardRow<float>(shared.kept[team.slot()], p.smoothing, p.classes)};
   }
 
+  template <class Plain>
+  static __device__ __forceinline__ void row_of_plain(const Parameters& p, const Plain& sums, bool for_gradient, Row& row) {
+    Soft::row_of_plain(p.soft, sums.soft, for_gradient, row.soft);
+    row.hard = HardRow<float>(sums.hard, p.smoothing, p.classes);
+  }
+  static __device__ __forceinline__ bool has_plain(const Row& row) { return Soft::has_plain(row.soft); }
+
   template <class Read>
   static __device__ __forceinline__ Row merge(const Parameters& p, int slices, Read read, int own, int lane) {
     Row row;
-    row.soft = Soft::merge(p.soft, slices, [&](int i) { return read(i).soft; }, own, lane);
+    if constexpr (requires { read.mine; })
+      row.soft = Soft::merge(p.soft, slices, OfCluster{read.mine.soft}, own, lane);
+    else
+      row.soft = Soft::merge(p.soft, slices, [&](int i) { return read(i).soft; }, own, lane);
     HardSums<float> hard{-INFINITY, 0, 0, 0, 0, 0, read(0).hard.ignored};
     for (int i = lane; i < slices; i += 32) hard.s_max = fmaxf(hard.s_max, read(i).hard.s_max);
     hard.s_max = reduce_warp(hard.s_max, Max());

@@ -1,9 +1,11 @@
 // softmax-KL at temperature tau on CUDA. kl_math.h has the formulas and the names.
 //
-// Forward holds its slice of a row in registers. Where a gradient is wanted, the sums of w and w x come first, and leave both;
-// a second pass over the registers adds up the stable form around the exact mean, and leaves w expm1(x - m) in the place of x,
-// from which the gradient follows by two multiplications and an addition. Without a gradient, both logits are held, twice as
-// many, and all sums come in one pass around class j wherever that is good enough. Backward reads the logits again.
+// Forward holds its slice of a row in registers. Where student and teacher are not near each other it adds up the plain form in
+// one pass (see PlainPartial), which for most rows is good enough. Else, where a gradient is wanted, the sums of w and w x come
+// first, and leave both; a second pass over the registers adds up the stable form around the exact mean, and leaves w expm1(x -
+// m) in the place of x, from which the gradient follows by two multiplications and an addition. Without a gradient, both logits
+// are held, twice as many, and all sums come in one pass around class j wherever that is good enough. Backward reads the logits
+// again.
 #pragma once
 
 #include "row_reduce.cuh"
@@ -16,6 +18,8 @@ __device__ __forceinline__ float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// 2^n of a whole number from -126 to 127; anything for another.
+__device__ __forceinline__ float power_of_two(float n) { return __int_as_float((int(n) + 127) << 23); }
 // The bitwise or of them all, three at a time.
 template <int n>
 __device__ __forceinline__ uint32_t either_of_all(const uint32_t (&bits)[n]) {
@@ -26,6 +30,20 @@ __device__ __forceinline__ uint32_t either_of_all(const uint32_t (&bits)[n]) {
     asm("lop3.b32 %0, %0, %1, %2, 0xFE;" : "+r"(all) : "r"(bits[i]), "r"(next));
   }
   return all;
+}
+
+// Sets what is not used, here and not before: where numbers are set on some paths alone, their registers are theirs from the
+// kernel's beginning, or from where they were set before.
+__device__ __forceinline__ void set_late(float& x) { asm volatile("mov.f32 %0, 0f00000000;" : "=f"(x)); }
+template <class H>
+__device__ __forceinline__ void set_late(H& x) {
+  if constexpr (H::packed) {
+#pragma unroll
+    for (uint32_t& word : x.word) asm volatile("mov.b32 %0, 0;" : "=r"(word));
+  } else {
+#pragma unroll
+    for (float& number : x.number) set_late(number);
+  }
 }
 
 constexpr float kLog2E = 1.44269504f, kSmallest = 1.17549435e-38f;
@@ -50,6 +68,14 @@ constexpr float kPlainFrom = 20;
 constexpr double kPeaked = 1. / 8;
 constexpr float kFar = 8;
 constexpr double kMostRest = 64;  // e^rest is far from infinity
+// A row may be plain where the x of two neighbouring classes differ by more than this in more than one of three threads. (Where
+// x is normally distributed, its variance is .03 then, and the KL half of that at least.)
+constexpr float kApart = 0.22f;
+constexpr unsigned kOfThreads = 3;
+// Of a plain row, beside its teacher's probabilities; and that of one that is rounded to sixteen bits.
+constexpr float kLeastGradient = 0.2f, kLeastPackedGradient = 0.05f;
+constexpr float kMostApart = 100;     // of its exponents from each other: their power of two is far from infinity
+constexpr float kMostLog2 = 1 << 20;  // of its exponents: their rounding makes no power larger than 1.1, nor its square
 
 __device__ __forceinline__ float or_zero(float top) { return top == -INFINITY ? 0.f : top; }
 // 2^((logit - top) log2), times 1 / unit.
@@ -80,7 +106,8 @@ extern __shared__ uint4 of_threads[];
 
 struct KlDivTau {
   using Args = KlDivTauArgs;
-  static constexpr int kHeld = 4, kHeldForward = 8, kShared = (kHeld + 1) * sizeof(uint4), kBlocks = 1, kStats = KlStat::count;
+  static constexpr int kHeld = 4, kHeldForward = 8, kShared = (2 * kHeld + 1) * sizeof(uint4), kBlocks = 1,
+                       kStats = KlStat::count;
   static constexpr bool kForTeacher = true;
 
   struct Parameters {
@@ -88,6 +115,10 @@ struct KlDivTau {
     float ratio, inv_tau, student_log2, teacher_log2;  // tau / teacher_tau, 1 / tau, log2(e) / tau, log2(e) / teacher_tau
     float loss_scale, student_scale, teacher_scale;    // scale, scale / tau, scale / teacher_tau
     bool equal, exact;                                 // temperatures; and differences, those of sixteen-bit logits
+    // Whether rows may be plain, whose statistics a backward could not use; and ln(2) student_log2, the temperature that their
+    // exponentials have to the last bit.
+    bool may_be_plain;
+    float plain_inv_tau;
 
     explicit Parameters(const KlDivTauArgs& args) : args(args) {
       constexpr double log2_e = 1.4426950408889634;
@@ -100,6 +131,8 @@ struct KlDivTau {
       teacher_scale = float(args.scale / args.teacher_tau);
       equal = args.tau == args.teacher_tau;
       exact = equal && size_of(args.student.dtype) == 2 && size_of(args.teacher.dtype) == 2;
+      may_be_plain = equal && args.row_stats == nullptr;
+      plain_inv_tau = float(0.693147180559945309 * student_log2);
     }
   };
 
@@ -147,18 +180,31 @@ struct KlDivTau {
     float s0, mean, z, excess;
     float least;  // Shared::least of the block, of slices that a kernel of their own merges
   };
+  // The sums of the plain form, KL = log(Z / S0) + ... - m: every number in it is a sum of w, v and s - t alone, which need no
+  // class j; only the first two, whose ratio's logarithm is taken, need more than float32. The exponentials are relative to
+  // powers of two, so that slices' sums differ by powers of two.
+  struct PlainPartial {
+    float s0, s0_low, z, z_low;  // sum w, sum v: two numbers each
+    float wd;                    // sum w (s - t)
+    float ww, wv, vv;            // for the gradient: sums of the products, which tell sum (q - p)^2
+    float w_log2, v_log2;        // w = 2^(t student_log2 - w_log2), v likewise
+    float w_max;
+  };
   struct Row {
     float stat[KlStat::count];
     float kl, s_j;
+    bool is_plain;
     float least;  // x, of slices that a kernel of their own merges
     // Of this block's slice: what brings its w and v to the row's scale, the row's mean less its own.
     float w_share, v_share, apart;
   };
   struct Shared {
     References references[kMostTeams];  // first, where an address needs no addition
-    int s_j;                            // ordered as floats are
     uint32_t largest_pair[kMostWarps][1];
-    float largest[kMostWarps][2], size[kMostWarps][1], all_sums[kMostWarps][3], sums[kMostWarps][2], excess[kMostWarps][1];
+    float apart;  // the bits of a number of threads, for the others of a cluster
+    unsigned fixed[kMostWarps][7], fixed_forward[kMostWarps][4];
+    float s_j[kMostWarps][1], largest[kMostWarps][2], size[kMostWarps][1], plain[kMostWarps][1], all_sums[kMostWarps][3],
+        sums[kMostWarps][2], excess[kMostWarps][1];
     float growth[kMostWarps][1];
     float least[kMostThreads];  // without a gradient: a thread's least x less the mean, 0 where all are near
   };
@@ -181,7 +227,8 @@ struct KlDivTau {
     H s[kVectors];
     Exponential<H::packed> weight;
     const References* kept;  // in shared memory: the gradient has use for every register
-    // This thread's logits of the student too, where they are packed: after the first sums few rows ask for them.
+    // This thread's logits of the student too, where they are packed: after the first sums few rows ask for them. And those of
+    // the teacher, in sum_plain.
     static constexpr bool kShares = wants_gradient && H::packed;
     unsigned shared_student;
     // For the gradient: w, in units of w_unit; and h, which is x first and then w (exp(x - mean) - 1) / PhiSeries::kUnit, if
@@ -193,36 +240,86 @@ struct KlDivTau {
       bool is_stable;
     };
     End held_end;  // beside the logits in shared memory, where these are there
+    // Between `read` and what follows: the teacher's logits, and what is known of the row.
+    H t[kVectors];
+    float t_max, s_max;
+    bool looks_plain;
 
     __device__ __forceinline__ End end() const {
       if constexpr (!kShares) return held_end;
-      const uint4 words = of_threads[shared_student + kVectors];
+      const uint4 words = of_threads[shared_student + 2 * kVectors];
       return {__uint_as_float(words.x), __uint_as_float(words.y), words.z != 0};
     }
     __device__ __forceinline__ void set_end(const End& end) {
       if constexpr (kShares)
-        of_threads[shared_student + kVectors] = {__float_as_uint(end.w_unit), __float_as_uint(end.v_rest), end.is_stable, 0};
+        of_threads[shared_student + 2 * kVectors] = {__float_as_uint(end.w_unit), __float_as_uint(end.v_rest), end.is_stable,
+                                                     0};
       else
         held_end = end;
     }
 
     // beside(largest logit of the student): called where no more than the logits is held
-    template <class GradientOf, class FactorOf, class Beside = Nothing>
-    __device__ __forceinline__ Partial reduce(const Parameters& p, const Team& team, const RowSpan& span, const Slice& slice,
-                                              const void* student, const void* teacher, GradientOf, FactorOf, Shared& shared,
-                                              Beside beside = {}) {
-      if (team.warps > 1 && threadIdx.x == 0) shared.s_j = ordered(-INFINITY);
-      H t[kVectors];
+    template <class Beside = Nothing>
+    __device__ __forceinline__ void read(const Parameters& p, const Plan& plan, const Team& team, const RowSpan& span,
+                                         const Slice& slice, const void* student, const void* teacher, Shared& shared,
+                                         Beside beside = {}) {
+      read(p, span, slice, student, teacher);
+      if constexpr (kShares)
+        shared_student = threadIdx.x * unsigned(kShared / sizeof(uint4));  // an odd number, for the banks' sake
+      looks_plain = !for_teacher && p.may_be_plain && plan.decides;
+      unsigned apart = 0, threads = team.size;
+      if (looks_plain) {
+        apart = count_apart(p, team, slice);
+        if (plan.cluster) {
+          if (threadIdx.x == 0) shared.apart = __uint_as_float(apart);
+          cluster_arrive();
+        }
+      }
+      find_maxima(team, slice, shared);
+      if (looks_plain) {
+        if (plan.cluster) {
+          cluster_wait();
+          const int lane = threadIdx.x % 32;
+          const float of_block = lane < plan.slices ? read_cluster(&shared.apart, lane) : 0.f;
+          apart = __reduce_add_sync(0xFFFFFFFFu, __float_as_uint(of_block));
+          threads *= plan.slices;
+        }
+        looks_plain = apart * kOfThreads > threads;
+      }
+      if constexpr (kShares) asm volatile("" : "+r"(shared_student));  // not from the registers that they were stored from
+      beside(s_max);
+    }
+    __device__ __forceinline__ bool is_plain() const { return looks_plain; }
+    // The threads that have two such classes, neighbours in their first vector.
+    __device__ __forceinline__ unsigned count_apart(const Parameters& p, const Team& team, const Slice& slice) const {
+      const bool apart = slice.count > 0 && fabsf((s[0][0] - t[0][0]) - (s[0][1] - t[0][1])) * p.inv_tau > kApart;
+      return team.warps > 1 ? __syncthreads_count(apart) : __popc(__ballot_sync(0xFFFFFFFFu, apart));
+    }
+    // After sum_plain: the logits again, where their registers were wanted for the powers.
+    __device__ __forceinline__ void read_again(const Slice& slice) {
+      if constexpr (kShares) {
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+          set_late(s[v]), set_late(t[v]);
+          if (v < slice.count) s[v] = student(v), t[v] = shared_vector(shared_student + kVectors + v);
+        }
+      }
+    }
+    __device__ __forceinline__ void read(const Parameters& p, const RowSpan& span, const Slice& slice, const void* student,
+                                         const void* teacher) {
       Reader<H> read_student(student, p.args.student.dtype, span, slice, nothing<H>()),
           read_teacher(teacher, p.args.teacher.dtype, span, slice, nothing<H>());
       next_of_both(read_student, s, read_teacher, t, slice.count);
-      if constexpr (kShares)
-        shared_student = threadIdx.x * unsigned(kShared / sizeof(uint4));  // an odd number, for the banks' sake
+    }
+
+    template <class GradientOf, class FactorOf>
+    __device__ __forceinline__ Partial reduce(const Parameters& p, const Team& team, const RowSpan& span, const Slice& slice,
+                                              const void* student, const void* teacher, GradientOf, FactorOf, Shared& shared) {
       Partial partial;
       partial.least = 0;  // which only set_least changes
-      find_references(team, slice, t, partial, shared);
-      if constexpr (kShares) asm volatile("" : "+r"(shared_student));  // not from the registers that they were stored from
-      beside(partial.s_max);
+      partial.t_max = t_max;
+      partial.s_max = s_max;
+      partial.s_j = find_s_j(team, slice, shared);
       weight = Exponential<H::packed>(p.teacher_log2, partial.t_max);
       float size[1] = {0};
       if constexpr (!H::packed) {
@@ -236,75 +333,142 @@ struct KlDivTau {
       kept = &references;
       if (wants_gradient && team.leads()) references = partial;
       if constexpr (!wants_gradient)
-        if ((H::packed ? p.exact : p.equal) && sum_at_once(p, team, slice, t, partial, shared)) return partial;
-      sum_around_mean(p, team, slice, t, partial, shared);
+        if ((H::packed ? p.exact : p.equal) && sum_at_once(p, team, slice, partial, shared)) return partial;
+      sum_around_mean(p, team, slice, partial, shared);
       return partial;
     }
 
     // The student's logits, after the first sums.
     __device__ __forceinline__ H student(int v) const {
-      if constexpr (kShares) {
-        const uint4 words = of_threads[shared_student + v];
-        return H{{words.x, words.y, words.z, words.w}};
-      } else {
+      if constexpr (kShares)
+        return shared_vector(shared_student + v);
+      else
         return still_packed(s[v]);
-      }
+    }
+    static __device__ __forceinline__ H shared_vector(unsigned at) {
+      const uint4 words = of_threads[at];
+      return H{{words.x, words.y, words.z, words.w}};
+    }
+    static __device__ __forceinline__ void share(const H& vector, unsigned at) {
+      of_threads[at] = {vector.word[0], vector.word[1], vector.word[2], vector.word[3]};
     }
 
-    // The maxima, and the student's logit where the teacher's is largest (the largest such, where several are).
-    __device__ __forceinline__ void find_references(const Team& team, const Slice& slice, const H (&t)[kVectors],
-                                                    Partial& partial, Shared& shared) const {
+    __device__ __forceinline__ void find_maxima(const Team& team, const Slice& slice, Shared& shared) {
       H s_top = nothing<H>();
-      typename H::Pair t_tops[kVectors], t_top = H::pair(nothing<H>());
+      typename H::Pair t_top = H::pair(nothing<H>());
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         if (v >= slice.count) break;
-        if constexpr (kShares) of_threads[shared_student + v] = {s[v].word[0], s[v].word[1], s[v].word[2], s[v].word[3]};
-        s_top = s_top.larger(s[v]);
-        t_tops[v] = H::pair(t[v]);
-        t_top = H::larger_pair(t_top, t_tops[v]);
+        if constexpr (kShares) share(s[v], shared_student + v);
+        s_top = v == 0 ? s[v] : s_top.larger(s[v]);
+        t_top = v == 0 ? H::pair(t[v]) : H::larger_pair(t_top, H::pair(t[v]));
       }
       if constexpr (H::packed) {  // the two side by side
         const uint32_t of_s = H::pair(s_top);
         uint32_t largest[1] = {H::larger_pair(__byte_perm(t_top, of_s, 0x5410), __byte_perm(t_top, of_s, 0x7632))};
         cuda::reduce<typename H::LargerPair>(team, largest, shared.largest_pair);
         const H both{{largest[0]}};
-        partial.t_max = both[0];
-        partial.s_max = both[1];
+        t_max = both[0];
+        s_max = both[1];
       } else {
         float largest[2] = {t_top, H::pair(s_top)};
         cuda::reduce<Max>(team, largest, shared.largest);
-        partial.t_max = largest[0];
-        partial.s_max = largest[1];
+        t_max = largest[0];
+        s_max = largest[1];
       }
-      float s_j = -INFINITY;
-      if (H::larger_of(t_top) == partial.t_max) {
+    }
+    // The student's logit where the teacher's is largest (the largest such, where several are).
+    __device__ __forceinline__ float find_s_j(const Team& team, const Slice& slice, Shared& shared) const {
+      float s_j[1] = {-INFINITY};
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v) {
-          if (v >= slice.count) break;
-          if (!(H::larger_of(t_tops[v]) == partial.t_max)) continue;
+      for (int v = 0; v < kVectors; ++v) {
+        if (v >= slice.count) break;
+        if (!(H::larger_of(H::pair(t[v])) == t_max)) continue;
 #pragma unroll
-          for (int i = 0; i < H::width; ++i) s_j = t[v][i] == partial.t_max ? fmaxf(s_j, s[v][i]) : s_j;
+        for (int i = 0; i < H::width; ++i) s_j[0] = t[v][i] == t_max ? fmaxf(s_j[0], s[v][i]) : s_j[0];
+      }
+      cuda::reduce<Max>(team, s_j, shared.s_j);
+      return s_j[0];
+    }
+
+    // w and v, for the gradient. Not in the place of w and h, which would then be held where the row is not plain, too.
+    struct Powers {
+      float w[kKept + 1][H::width], v[kKept + 1][H::width];
+      __device__ Powers() {}
+    };
+    __device__ __forceinline__ Powers powers() const { return Powers(); }
+    // The sums of the plain form.
+    __device__ __forceinline__ PlainPartial sum_plain(const Parameters& p, const Team& team, const Slice& slice, Shared& shared,
+                                                      Powers& powers) const {
+      constexpr float kMostFinite = 3.40282347e38f;
+      const float log2 = p.student_log2, w_log2 = ceilf(or_zero(t_max) * log2), v_log2 = ceilf(or_zero(s_max) * log2);
+      float sum_w = 0, sum_v = 0, wd[1] = {0}, ww = 0, wv = 0, vv = 0;
+#pragma unroll
+      for (int n = 0; n < kVectors; ++n) {
+        if (n >= slice.count) {
+          if constexpr (!wants_gradient) {
+            break;
+          } else {
+#pragma unroll
+            for (int i = 0; i < H::width; ++i) set_late(powers.w[n][i]), set_late(powers.v[n][i]);
+            continue;
+          }
         }
-        if (team.warps > 1) atomicMax(&shared.s_j, ordered(s_j));
+        if constexpr (kShares) share(t[n], shared_student + kVectors + n);
+        const H student = still_packed(s[n]), teacher = still_packed(t[n]);
+        float w[H::width], v[H::width];
+#pragma unroll
+        for (int i = 0; i < H::width; ++i) {
+          w[i] = exp2_approx(fmaf(teacher[i], log2, -w_log2));
+          v[i] = exp2_approx(fmaf(student[i], log2, -v_log2));
+          // Where both are -inf, w is 0. (It is infinite, or no number, where the student alone is at -inf.)
+          wd[0] = fmaf(w[i], fminf(student[i] - teacher[i], kMostFinite), wd[0]);
+          if constexpr (wants_gradient) {
+            ww = fmaf(w[i], w[i], ww);
+            wv = fmaf(w[i], v[i], wv);
+            vv = fmaf(v[i], v[i], vv);
+            powers.w[n][i] = w[i];
+            powers.v[n][i] = v[i];
+          }
+        }
+        sum_w = n == 0 ? sum_by_halves(w) : sum_w + sum_by_halves(w);
+        sum_v = n == 0 ? sum_by_halves(v) : sum_v + sum_by_halves(v);
       }
-      if (team.warps > 1) {
-        __syncthreads();
-        s_j = from_ordered(shared.s_j);
-      } else {
-        s_j = from_ordered(__reduce_max_sync(team.mask, ordered(s_j)));
-      }
-      partial.s_j = s_j;
+      // Not so where logits are no numbers, or too large for the exponents.
+      if (!(sum_w + sum_v < Fixed::kMost)) wd[0] = NAN;
+      PlainPartial sums{};
+      const Fixed of_w(sum_w), of_v(sum_v);
+      const auto sum_all = [&](auto& shared, auto... products) {
+        unsigned fixed[] = {of_w.whole, of_w.rest, of_v.whole, of_v.rest, Fixed::whole_of(products)...};
+        sum_integers(team, fixed, shared);
+        sums.s0 = Fixed(fixed[0], fixed[1]).value(sums.s0_low);
+        sums.z = Fixed(fixed[2], fixed[3]).value(sums.z_low);
+        if constexpr (wants_gradient) {
+          sums.ww = float(fixed[4]) * Fixed::kWhole;
+          sums.wv = float(fixed[5]) * Fixed::kWhole;
+          sums.vv = float(fixed[6]) * Fixed::kWhole;
+        }
+      };
+      if constexpr (wants_gradient)
+        sum_all(shared.fixed, ww, wv, vv);
+      else
+        sum_all(shared.fixed_forward);
+      cuda::reduce<Sum>(team, wd, shared.plain);
+      sums.wd = wd[0];
+      sums.w_log2 = w_log2;
+      sums.v_log2 = v_log2;
+      sums.w_max = exp2_approx(fmaf(or_zero(t_max), log2, -w_log2));
+      return sums;
     }
 
     // Everything in one pass, around class j, where nothing is kept for a gradient. Whether that was good enough: it is not for
     // a row whose mean is far off, beside what its classes differ by or beside 1, nor for one with a class that the student
     // alone masks, nor where the student's largest logit is so far from class j that the sum overflows.
-    __device__ __forceinline__ bool sum_at_once(const Parameters& p, const Team& team, const Slice& slice,
-                                                const H (&t)[kVectors], Partial& partial, Shared& shared) {
+    __device__ __forceinline__ bool sum_at_once(const Parameters& p, const Team& team, const Slice& slice, Partial& partial,
+                                                Shared& shared) {
       using Series = WidePhiSeries;
       constexpr float unit = Series::kUnit;
-      const float scale = p.inv_tau / unit, rest_log2 = (partial.s_max - partial.s_j) * p.student_log2;
+      const float scale = in_units<Series>(p.inv_tau), rest_log2 = (partial.s_max - partial.s_j) * p.student_log2;
       const Exponential<H::packed> student_weight(p.student_log2, partial.s_max);
       // y in one multiply-add of a difference that no centre is taken from yet; too large by `off`, the rounding of `centre`.
       const float centre = partial.x.centre * scale, off = fmaf(partial.x.centre, scale, -centre),
@@ -332,8 +496,8 @@ struct KlDivTau {
 
     // First the sums from which the mean follows; then the excess around that, or, of a row with a large KL, the plain form's
     // Z.
-    __device__ __forceinline__ void sum_around_mean(const Parameters& p, const Team& team, const Slice& slice,
-                                                    const H (&t)[kVectors], Partial& partial, Shared& shared) {
+    __device__ __forceinline__ void sum_around_mean(const Parameters& p, const Team& team, const Slice& slice, Partial& partial,
+                                                    Shared& shared) {
       constexpr float unit = PhiSeries::kUnit;
       float sums[2];
       H::packed&& p.exact ? sum<H::packed>(slice, t, partial.x, sums) : sum<false>(slice, t, partial.x, sums);
@@ -353,8 +517,8 @@ struct KlDivTau {
         const float v_scale = exp2_approx(rest_log2 + log2_of_units(student_weight, partial)) / unit;
         const auto again = [&] { return wants_gradient ? student_exponential(p) : student_weight; };
         if constexpr (!wants_gradient) shared.least[threadIdx.x] = 0;
-        last[0] = add_up<PhiSeries, false, false>(again, slice, t, partial.x, p.inv_tau / unit, partial.mean / unit, v_scale,
-                                                  &shared.least[threadIdx.x])
+        last[0] = add_up<PhiSeries, false, false>(again, slice, t, partial.x, in_units<PhiSeries>(p.inv_tau),
+                                                  partial.mean / unit, v_scale, &shared.least[threadIdx.x])
                       .excess;
         if constexpr (!wants_gradient) shared.least[threadIdx.x] *= unit;
       } else {
@@ -393,7 +557,15 @@ struct KlDivTau {
       sums[0] = sums[1] = 0;
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        if (v >= slice.count) break;
+        if (v >= slice.count) {
+          if constexpr (!wants_gradient) {
+            break;
+          } else {
+#pragma unroll
+            for (int i = 0; i < H::width; ++i) set_late(w[v][i]), set_late(h[v][i]);
+            continue;
+          }
+        }
         const H student = still_packed(s[v]), teacher = still_packed(t[v]);
 #pragma unroll
         for (int i = 0; i < H::width; ++i) {
@@ -516,7 +688,26 @@ struct KlDivTau {
       return far;
     }
 
-    // mix(number of a vector, its gradient): what becomes of that before it is written
+    // Of a plain row. mix(number of a vector, its gradient): what becomes of that before it is written
+    template <class Mix = Nothing>
+    __device__ __forceinline__ void write_plain(const Parameters& p, const RowSpan& span, const Slice& slice, const Row& row,
+                                                const Powers& powers, const GradientRow& gradient, float factor,
+                                                Mix mix = {}) const {
+      const float p_factor = factor * p.student_scale * row.w_share * row.stat[KlStat::inv_s0],
+                  q_factor = factor * p.student_scale * row.v_share * row.stat[KlStat::inv_z];
+      Writer<H> write(gradient, span, slice);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        if (v >= slice.count) break;
+        float g[H::width];
+#pragma unroll
+        for (int i = 0; i < H::width; ++i) g[i] = fmaf(powers.v[v][i], q_factor, powers.w[v][i] * -p_factor);
+        mix(v, g);
+        write.next(g);
+      }
+    }
+
+    // Of another one.
     template <class Mix = Nothing>
     __device__ __forceinline__ void write_gradient(const Parameters& p, const RowSpan& span, const Slice& slice, const Row& row,
                                                    const GradientRow& gradient, float factor, Mix mix = {}) const {
@@ -603,6 +794,12 @@ struct KlDivTau {
     }
 
    private:
+    // (Where it is asked for, not before: few rows do.)
+    template <class Series>
+    static __device__ __forceinline__ float in_units(float inv_tau) {
+      asm volatile("" : "+f"(inv_tau));
+      return inv_tau / Series::kUnit;
+    }
     static __device__ __forceinline__ float finite_magnitude(const Slice& slice, const H (&logits)[kVectors]) {
       float size = 0;
 #pragma unroll
@@ -613,18 +810,11 @@ struct KlDivTau {
       }
       return size;
     }
-    static __device__ __forceinline__ int ordered(float x) {
-      const int bits = __float_as_int(x);
-      return bits < 0 ? bits ^ 0x7FFFFFFF : bits;
-    }
-    static __device__ __forceinline__ float from_ordered(int bits) {
-      return __int_as_float(bits < 0 ? bits ^ 0x7FFFFFFF : bits);
-    }
   };
 
   static __device__ __forceinline__ Row row_of(const Parameters& p, const Partial& partial) {
     const float inv_s0 = 1 / partial.s0;
-    Row row{};
+    Row row{};  // not plain
     if (partial.excess == partial.excess) {
       const float growth = partial.excess * inv_s0;  // e^KL - 1; below 0 by rounding, where nearly nothing is left
       row.kl = growth < 0 ? 0.f : growth < 0.5f ? math::log1p_series(growth) : math::log1p(growth);
@@ -646,6 +836,39 @@ struct KlDivTau {
     row.w_share = row.v_share = 1;
     return row;
   }
+
+  // The row is not plain where its loss is not large beside the errors of its terms, or its gradient beside those of the
+  // probabilities.
+  static __device__ __forceinline__ void row_of_plain(const Parameters& p, const PlainPartial& sums, bool for_gradient,
+                                                      Row& row) {
+    // Of the loss: errors of a sum of many classes' terms; roundings; and, four times the usual one, of one class's, of which
+    // the square root of sum p^2 <= max p is left; its share of the budget.
+    constexpr float kBias = 1.5e-8f, kRounding = 6e-8f, kError = 4e-7f, kBudget = 4e-6f;
+    const float inv_s0 = 1 / (sums.s0 + sums.s0_low), inv_z = 1 / (sums.z + sums.z_low);
+    // log(Z / S0), and what the rounding of the ratio takes from it.
+    const float ratio = (sums.z + sums.z_low) * inv_s0;
+    const float rest = fmaf(-ratio, sums.s0, sums.z) + fmaf(-ratio, sums.s0_low, sums.z_low);
+    const float apart = sums.v_log2 - sums.w_log2;
+    const float shift = fmaf(rest, inv_z, math::log(ratio * power_of_two(apart)));
+    const float mean = sums.wd * inv_s0 * p.plain_inv_tau, loss = shift - mean;
+    // (The roundings of the shift, which is below |mean| + loss, of the mean and of the logits' differences.)
+    const float rounding = fmaf(3 * kRounding, fabsf(mean), kBias);
+    const float error = fmaf(kError * sqrtf(sums.w_max * inv_s0), 1 + loss, rounding);
+    row.kl = loss;
+    row.stat[KlStat::inv_s0] = inv_s0;
+    row.stat[KlStat::inv_z] = inv_z;
+    row.w_share = row.v_share = 1;
+    // (Not where it is infinite, as the mean then is, or no number.)
+    row.is_plain = loss * kBudget > error && fabsf(apart) < kMostApart;
+    if (!for_gradient) return;
+    const float of_p = sums.ww * inv_s0 * inv_s0;                                              // sum p^2
+    const float of_gradient = fmaf(fmaf(sums.vv, inv_z, -2 * sums.wv * inv_s0), inv_z, of_p);  // sum (q - p)^2
+    const bool within_range = fabsf(sums.w_log2) + fabsf(sums.v_log2) < kMostLog2;
+    row.is_plain =
+        row.is_plain && within_range &&
+        of_gradient > of_p * (p.exact ? kLeastPackedGradient * kLeastPackedGradient : kLeastGradient * kLeastGradient);
+  }
+  static __device__ __forceinline__ bool has_plain(const Row& row) { return row.is_plain; }
 
   // Classes alike on both sides that have the mass, and one of little mass far off: either form loses the shift's digits, small
   // as it is beside the mean. Where it is 1 or more, the classes that have the mass differ by as much, and nothing is lost.
@@ -708,7 +931,7 @@ struct KlDivTau {
       const float share = w_share(from), shift = to.mean - mean(from);
       if (from.excess == from.excess && fabsf(shift) < 1)
         return share * fmaf(math::exp(-shift), from.excess, from.s0 * math::phi_series(-shift));
-      return v_share(from) * from.z * exp_of_reference - (from.s0 == 0 ? 0.f : share * from.s0 * (1 - shift));
+      return v_share(from) * from.z * exp_of_reference - (share * from.s0 == 0 ? 0.f : share * from.s0 * (1 - shift));
     }
   };
 
@@ -761,6 +984,38 @@ struct KlDivTau {
       result.apart = row.mean - merge.mean(from);
     }
     return result;
+  }
+
+  // The same of plain slices of a cluster. A number at a time: the warp's threads hold their classes' powers meanwhile.
+  static __device__ __forceinline__ Row merge(const Parameters& p, int slices, const OfCluster<PlainPartial>& read, int own,
+                                              int lane) {
+    const auto number = [&](float PlainPartial::* which) { return lane < slices ? read(which, lane) : 0.f; };
+    PlainPartial all;
+    const auto share_of = [&](float PlainPartial::* sum, float PlainPartial::* log2, float& of_row) {
+      const bool has = number(sum) > 0;
+      const float mine = number(log2);
+      of_row = reduce_warp(has ? mine : -INFINITY, Max());
+      return has && mine - of_row > -kMostApart ? power_of_two(mine - of_row) : 0.f;
+    };
+    const float w_share = share_of(&PlainPartial::s0, &PlainPartial::w_log2, all.w_log2);
+    const float v_share = share_of(&PlainPartial::z, &PlainPartial::v_log2, all.v_log2);
+    const auto sum = [&](float share, float PlainPartial::* high, float PlainPartial::* low, float& of_row, float& left) {
+      const double total = reduce_warp(double(share) * (double(number(high)) + number(low)), Sum());
+      of_row = float(total);
+      left = float(total - of_row);
+    };
+    sum(w_share, &PlainPartial::s0, &PlainPartial::s0_low, all.s0, all.s0_low);
+    sum(v_share, &PlainPartial::z, &PlainPartial::z_low, all.z, all.z_low);
+    all.wd = reduce_warp(w_share * number(&PlainPartial::wd), Sum());
+    all.ww = reduce_warp(w_share * w_share * number(&PlainPartial::ww), Sum());
+    all.wv = reduce_warp(w_share * v_share * number(&PlainPartial::wv), Sum());
+    all.vv = reduce_warp(v_share * v_share * number(&PlainPartial::vv), Sum());
+    all.w_max = reduce_warp(w_share * number(&PlainPartial::w_max), Max());
+    Row row{};
+    row_of_plain(p, all, p.args.grad_student.data != nullptr, row);
+    row.w_share = __shfl_sync(0xFFFFFFFFu, w_share, own);
+    row.v_share = __shfl_sync(0xFFFFFFFFu, v_share, own);
+    return row;
   }
 
   static __device__ __forceinline__ void write_loss(const Parameters& p, const Row& row, float weight, int64_t index) {

@@ -77,6 +77,7 @@ Plan plan_rows(int64_t rows, int64_t row_vectors, int per_thread) {
     plan.threads = 128;
     plan.slice_vectors = int(row_vectors);
     plan.teams = plan.threads / plan.team;
+    plan.decides = plan.team == 32;
     const int64_t blocks = (rows + plan.teams - 1) / plan.teams;
     if (blocks > INT32_MAX) throw std::runtime_error("kdfast: too many rows: " + std::to_string(rows));
     plan.blocks = unsigned(blocks);
@@ -96,6 +97,7 @@ Plan plan_rows(int64_t rows, int64_t row_vectors, int per_thread) {
   }
   plan.slice_vectors = int((row_vectors + plan.slices - 1) / plan.slices);
   plan.team = plan.threads = ((plan.slice_vectors + kept - 1) / kept + 31) / 32 * 32;
+  plan.decides = plan.slices == 1 || plan.cluster;
   if (rows > INT32_MAX / plan.slices) throw std::runtime_error("kdfast: too many rows: " + std::to_string(rows));
   plan.blocks = unsigned(rows * plan.slices);
   return plan;
@@ -143,9 +145,10 @@ void launch(const void* kernel, const Plan& plan, cudaStream_t stream, void** ar
   config.blockDim = dim3(unsigned(plan.threads));
   config.dynamicSmemBytes = plan.shared;
   config.stream = stream;
-  constexpr unsigned kUnasked = 24 << 10;  // of 48 KiB; a kernel's own takes less than the rest
+  // Of 48 KiB a kernel's own takes less than half. The most that any asks for is 72 KiB, which every device has beside that.
+  constexpr unsigned kUnasked = 24 << 10, kMost = 72 << 10;
   if (plan.shared > kUnasked)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)), "cudaFuncSetAttribute");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kMost)), "cudaFuncSetAttribute");
   cudaLaunchAttribute cluster[1];
   if (plan.cluster) {
     cluster[0].id = cudaLaunchAttributeClusterDimension;

@@ -35,6 +35,7 @@ struct Plan {
   int slices = 1;   // blocks that share a row
   int slice_vectors = 0;
   bool cluster = false;
+  bool decides = false;  // the row's threads, a warp or more, can find out something about it together before they go on
   unsigned blocks = 0;
   unsigned shared = 0;  // bytes of a block's shared memory that the launch sets aside
 
@@ -157,12 +158,61 @@ __device__ __forceinline__ void reduce(const Team& team, F (&x)[N], F (&shared)[
   for (int distance = kMostWarps / 4; distance > 0; distance /= 2) combine<Op>(x, distance, 0xFFFFFFFFu);
 }
 
-template <class Op>
-__device__ __forceinline__ float reduce_warp(float x, Op op) {
+template <class F, class Op>
+__device__ __forceinline__ F reduce_warp(F x, Op op) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) x = op(x, __shfl_xor_sync(0xFFFFFFFFu, x, distance));
   return x;
 }
+
+template <int n>
+__device__ __forceinline__ float sum_by_halves(const float (&x)[n]) {
+  float sums[n];
+#pragma unroll
+  for (int i = 0; i < n; ++i) sums[i] = x[i];
+#pragma unroll
+  for (int half = n / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  return sums[0];
+}
+
+// The same of integers, over a team of a warp or more: an instruction adds up a warp's.
+template <int N>
+__device__ __forceinline__ void sum_integers(const Team& team, unsigned (&x)[N], unsigned (&shared)[kMostWarps][N]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) x[n] = __reduce_add_sync(0xFFFFFFFFu, x[n]);
+  if (team.warps == 1) return;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (lane == 0)
+    for (int n = 0; n < N; ++n) shared[warp][n] = x[n];
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < N; ++n) x[n] = __reduce_add_sync(0xFFFFFFFFu, lane < team.warps ? shared[lane][n] : 0u);
+}
+
+// A number of at least 0 and below kMost in fixed point, so that `sum_integers` rounds nothing: `whole` counts 2^-15, which the
+// number is rounded to, and `rest`, which has either sign, 2^-37.
+struct Fixed {
+  static constexpr float kMost = 256, kWhole = 0x1p-15f, kRest = 0x1p-37f;
+  unsigned whole, rest;
+
+  // An addition of the right size leaves a number's bits from 2^-15 up in the last places.
+  static __device__ __forceinline__ unsigned whole_of(float x) { return __float_as_uint(x + kMost) - __float_as_uint(kMost); }
+
+  __device__ __forceinline__ Fixed(unsigned whole, unsigned rest) : whole(whole), rest(rest) {}
+  __device__ __forceinline__ explicit Fixed(float x) : whole(whole_of(x)) {
+    constexpr float kShift = 0x1.8p-14f;
+    rest = __float_as_uint((x - ((x + kMost) - kMost)) + kShift) - __float_as_uint(kShift);
+  }
+  // In two numbers, of which the second is small beside the first.
+  __device__ __forceinline__ float value(float& low) const {
+    const float most = float(whole);
+    low = fmaf(float(int(rest)), kRest, float(int(whole - __float2uint_rn(most))) * kWhole);
+    return most * kWhole;
+  }
+};
 
 // ---- vectors
 // -------------------------------------------------------------------------------------------------------------------
@@ -232,9 +282,10 @@ struct RowSpan {
       : packed(packed), width(packed ? 8 : 4), classes(int(classes)) {
     const unsigned at = unsigned(reinterpret_cast<uintptr_t>(student));
     phase = (size(student_dtype) == 4 ? at >> 2 : at >> 1) & (width - 1);
-    vectors = (phase + this->classes + width - 1) / width;
+    const unsigned end = unsigned(phase + this->classes), each = unsigned(width);  // unsigned: a division is a shift
+    vectors = int((end + each - 1) / each);
     whole_begin = phase > 0;
-    whole = is_aligned(teacher, teacher_dtype) ? unsigned(max(0, (phase + this->classes) / width - whole_begin)) : 0;
+    whole = is_aligned(teacher, teacher_dtype) ? unsigned(max(0, int(end / each) - whole_begin)) : 0;
   }
   __device__ __forceinline__ int size(DType dtype) const { return packed ? 2 : size_of(dtype); }
   // Whether a row of another tensor has its vectors at multiples of their size too.
@@ -618,6 +669,22 @@ __device__ __forceinline__ float read_cluster(const float* mine, int rank) {
   return x;
 }
 
+// Numbers that each block of a cluster has in the same place, `mine`.
+template <class Numbers>
+struct OfCluster {
+  const Numbers& mine;
+
+  __device__ __forceinline__ Numbers operator()(int rank) const {
+    Numbers numbers;
+    for (int n = 0; n < int(sizeof(Numbers) / sizeof(float)); ++n)
+      reinterpret_cast<float*>(&numbers)[n] = read_cluster(reinterpret_cast<const float*>(&mine) + n, rank);
+    return numbers;
+  }
+  __device__ __forceinline__ float operator()(float Numbers::* which, int rank) const {
+    return read_cluster(&(mine.*which), rank);
+  }
+};
+
 // ---- kernels
 // -------------------------------------------------------------------------------------------------------------------
 
@@ -702,6 +769,14 @@ __device__ __forceinline__ void finish(const Task& task, const KdLossArgs& args)
 //   Held::has_far(parameters, slice, shared, row)    whether they do, for any of the row's threads
 //   set_least(team, partial, shared), is_peaked_and_far(parameters, row)    the same of slices that are merged later
 //   sum_growth<H>(...), set_shift(row, growth)   what to add up over the row, and what follows
+// and, if it has a plain form, cheaper and good enough for most rows,
+//   Held::read(...), is_plain()                  what reduce() goes on from; and whether the row looks plain
+//   Held::powers()                               what sum_plain() keeps for the gradient
+//   Held::sum_plain(..., powers)                 the slice's numbers, of which merge() makes the Row of several
+//   row_of_plain(parameters, numbers, wants_gradient, row), has_plain(row)    the Row of a single slice; and whether it is
+//                                                good enough
+//   Held::write_plain(..., powers, ...)          as write_gradient()
+//   Held::read_again(...)                        where it is not, before reduce()
 template <class L, bool with_stats>
 __device__ __forceinline__ void finish_row(const typename L::Parameters& parameters, const typename L::Row& row, float weight,
                                            int64_t index) {
@@ -817,15 +892,32 @@ __device__ __noinline__ void mend_row(const typename L::Parameters& parameters, 
 template <class L>
 inline constexpr bool kHasParts = __is_same(typename L::Args, KdLossArgs);
 
+// The row of a cluster from its slices, for all threads. (Between the two halves of a barrier then, as all that follows: this
+// block has read the others' numbers, and theirs must not leave before all have.)
+template <class L, class Partial>
+__device__ __forceinline__ void merge_cluster(const typename L::Parameters& parameters, const Plan& plan, const Partial& mine,
+                                              typename L::Row& kept, typename L::Row& row) {
+  __shared__ Partial own;
+  if (threadIdx.x == 0) own = mine;
+  cluster_arrive();
+  cluster_wait();
+  if (threadIdx.x < 32) {
+    const auto merged = L::merge(parameters, plan.slices, OfCluster<Partial>{own}, plan.slice(), int(threadIdx.x));
+    if (threadIdx.x == 0) kept = merged;
+  }
+  __syncthreads();
+  cluster_arrive();
+  row = kept;
+}
+
 // Leaves statistics, or the student's gradient, or both gradients.
 template <class L, class H, bool wants_gradient, bool for_teacher = false>
 __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
     forward_kernel(const __grid_constant__ typename L::Parameters parameters, const __grid_constant__ Task task) {
   using Partial = typename L::Partial;
   using Row = typename L::Row;
-  constexpr int kNumbers = sizeof(Partial) / sizeof(float);
+  using Held = typename L::template Held<H, wants_gradient, for_teacher>;
   __shared__ typename L::Shared shared;
-  __shared__ Partial own;
   constexpr bool kMends = requires(const Row& row) { L::is_peaked(parameters, row); };
   __shared__ Row kept[kMends ? kMostTeams : 1];  // one a team; the first, of a cluster's row
 
@@ -853,66 +945,71 @@ __global__ void __launch_bounds__(kMostThreads, L::kBlocks)
       return factor_of_row(args, task, index_again());
     };
 
-    typename L::template Held<H, wants_gradient, for_teacher> held;
+    Held held;
     if constexpr (requires { held.begin_row(task); }) held.begin_row(task);
-    Partial partial = held.reduce(parameters, team, span, slice, at.student, at.teacher, gradient_of, factor_of, shared);
-    Row row;
-    if (plan.slices == 1) {
-      if (wants_gradient || args.row_stats != nullptr || team.leads()) {
-        if constexpr (requires { L::row_of(parameters, partial, team, shared); })
-          row = L::row_of(parameters, partial, team, shared);
-        else
-          row = L::row_of(parameters, partial);
-      }
-      if (team.leads()) {
-        if constexpr (kMends && for_teacher) kept[team.slot()] = row;
-        leave(row);
-      }
-    } else if (plan.cluster) {
-      if (threadIdx.x == 0) own = partial;
-      cluster_arrive();
-      cluster_wait();
-      if (threadIdx.x < 32) {
-        const auto read = [&](int i) {
-          Partial p;
-          for (int n = 0; n < kNumbers; ++n)
-            reinterpret_cast<float*>(&p)[n] = read_cluster(reinterpret_cast<const float*>(&own) + n, i);
-          return p;
-        };
-        const Row r = L::merge(parameters, plan.slices, read, slice_index, int(threadIdx.x));
-        if (threadIdx.x == 0) {
-          kept[0] = r;
-          if (slice_index == 0) leave(r);
+    do {  // once. (Left where a plain row is done: a flag would keep the registers of what follows from it.)
+      if constexpr (requires { held.is_plain(); }) {
+        held.read(parameters, plan, team, span, slice, at.student, at.teacher, shared);
+        if (!for_teacher && held.is_plain()) {
+          auto powers = held.powers();
+          const auto sums = held.sum_plain(parameters, team, slice, shared, powers);
+          Row row;
+          if (plan.cluster)
+            merge_cluster<L>(parameters, plan, sums, kept[0], row);
+          else
+            L::row_of_plain(parameters, sums, wants_gradient, row);
+          if (L::has_plain(row)) {
+            if (team.leads() && slice_index == 0) leave(row);
+            if constexpr (wants_gradient)
+              held.write_plain(parameters, span, slice, row, powers, gradient_of(args.grad_student), factor_of());
+            break;
+          }
+          if (plan.cluster) cluster_wait();
+          held.read_again(slice);
         }
       }
-      __syncthreads();
-      cluster_arrive();  // this block has read the others' numbers; theirs must not leave before all have
-      row = kept[0];
-    } else {
-      if constexpr (kMends && !wants_gradient) L::set_least(team, partial, shared);
-      if (threadIdx.x == 0) reinterpret_cast<Partial*>(task.partials)[blockIdx.x] = partial;
-      return;
-    }
-    bool peaked = false;
-    if constexpr (kMends)
-      if ((wants_gradient || args.row_stats != nullptr) && L::is_peaked(parameters, row))
-        peaked = any_of_row(plan, team, held.has_far(parameters, slice, shared, row));
-    if (peaked) {
-      if constexpr (kMends) {
-        if (team.leads() && !plan.cluster) kept[team.slot()] = row;
-        mend_row<L, H, wants_gradient>(parameters, task, kept[team.slot()], shared);
-      }
-    } else if constexpr (for_teacher) {
-      if constexpr (kMends) {  // its numbers from shared memory, as they are wanted
-        team.warps > 1 ? __syncthreads() : __syncwarp(team.mask);
-        asm volatile("" ::: "memory");
-        held.write_gradients(parameters, span, slice, kept[team.slot()], gradient_of, factor_of);
+      Partial partial = held.reduce(parameters, team, span, slice, at.student, at.teacher, gradient_of, factor_of, shared);
+      Row row;
+      if (plan.slices == 1) {
+        if (wants_gradient || args.row_stats != nullptr || team.leads()) {
+          if constexpr (requires { L::row_of(parameters, partial, team, shared); })
+            row = L::row_of(parameters, partial, team, shared);
+          else
+            row = L::row_of(parameters, partial);
+        }
+        if (team.leads()) {
+          if constexpr (kMends && for_teacher) kept[team.slot()] = row;
+          leave(row);
+        }
+      } else if (plan.cluster) {
+        merge_cluster<L>(parameters, plan, partial, kept[0], row);
+        if (team.leads() && slice_index == 0) leave(row);
       } else {
-        held.write_gradients(parameters, span, slice, row, gradient_of, factor_of);
+        if constexpr (kMends && !wants_gradient) L::set_least(team, partial, shared);
+        if (threadIdx.x == 0) reinterpret_cast<Partial*>(task.partials)[blockIdx.x] = partial;
+        return;
       }
-    } else if constexpr (wants_gradient) {
-      held.write_gradient(parameters, span, slice, row, gradient_of(args.grad_student), factor_of());
-    }
+      bool peaked = false;
+      if constexpr (kMends)
+        if ((wants_gradient || args.row_stats != nullptr) && L::is_peaked(parameters, row))
+          peaked = any_of_row(plan, team, held.has_far(parameters, slice, shared, row));
+      if (peaked) {
+        if constexpr (kMends) {
+          if (team.leads() && !plan.cluster) kept[team.slot()] = row;
+          mend_row<L, H, wants_gradient>(parameters, task, kept[team.slot()], shared);
+        }
+      } else if constexpr (for_teacher) {
+        if constexpr (kMends) {  // its numbers from shared memory, as they are wanted
+          team.warps > 1 ? __syncthreads() : __syncwarp(team.mask);
+          asm volatile("" ::: "memory");
+          held.write_gradients(parameters, span, slice, kept[team.slot()], gradient_of, factor_of);
+        } else {
+          held.write_gradients(parameters, span, slice, row, gradient_of, factor_of);
+        }
+      } else if constexpr (wants_gradient) {
+        held.write_gradient(parameters, span, slice, row, gradient_of(args.grad_student), factor_of());
+      }
+    } while (false);
     if (slice_index == plan.slices - 1) {
       if constexpr (wants_gradient) gradient_of(args.grad_student).zero(team, args.classes);
       if constexpr (for_teacher) gradient_of(args.grad_teacher).zero(team, args.classes);
