@@ -18,8 +18,8 @@ __device__ __forceinline__ float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// 2^n of a whole number from -126 to 127; anything for another.
-__device__ __forceinline__ float power_of_two(float n) { return __int_as_float((int(n) + 127) << 23); }
+// 2^n of a whole number from -126 to 127; anything for another. (ex2 need not be exact there.)
+__device__ __forceinline__ float exp2_of_whole(float n) { return __int_as_float((int(n) + 127) << 23); }
 // The bitwise or of them all, three at a time.
 template <int n>
 __device__ __forceinline__ uint32_t either_of_all(const uint32_t (&bits)[n]) {
@@ -44,6 +44,11 @@ __device__ __forceinline__ void set_late(H& x) {
 #pragma unroll
     for (float& number : x.number) set_late(number);
   }
+}
+template <int n>
+__device__ __forceinline__ void set_late(float (&x)[n], float (&y)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) set_late(x[i]), set_late(y[i]);
 }
 
 constexpr float kLog2E = 1.44269504f, kSmallest = 1.17549435e-38f;
@@ -72,10 +77,10 @@ constexpr double kMostRest = 64;  // e^rest is far from infinity
 // x is normally distributed, its variance is .03 then, and the KL half of that at least.)
 constexpr float kApart = 0.22f;
 constexpr unsigned kOfThreads = 3;
-// Of a plain row, beside its teacher's probabilities; and that of one that is rounded to sixteen bits.
+// The least size of a plain row's gradient, beside its teacher's probabilities; and where it is rounded to sixteen bits.
 constexpr float kLeastGradient = 0.2f, kLeastPackedGradient = 0.05f;
-constexpr float kMostApart = 100;     // of its exponents from each other: their power of two is far from infinity
-constexpr float kMostLog2 = 1 << 20;  // of its exponents: their rounding makes no power larger than 1.1, nor its square
+constexpr float kMostApart = 100;     // of its w_log2 and v_log2: their ratio, a power of two, is far from infinity
+constexpr float kMostLog2 = 1 << 20;  // of both: their rounding makes no power larger than 1.1, nor its square
 
 __device__ __forceinline__ float or_zero(float top) { return top == -INFINITY ? 0.f : top; }
 // 2^((logit - top) log2), times 1 / unit.
@@ -115,8 +120,8 @@ struct KlDivTau {
     float ratio, inv_tau, student_log2, teacher_log2;  // tau / teacher_tau, 1 / tau, log2(e) / tau, log2(e) / teacher_tau
     float loss_scale, student_scale, teacher_scale;    // scale, scale / tau, scale / teacher_tau
     bool equal, exact;                                 // temperatures; and differences, those of sixteen-bit logits
-    // Whether rows may be plain, whose statistics a backward could not use; and ln(2) student_log2, the temperature that their
-    // exponentials have to the last bit.
+    // Whether rows may be plain, whose statistics a backward could not use; and ln(2) student_log2: 1 / tau as their
+    // exponentials have it, to the last bit.
     bool may_be_plain;
     float plain_inv_tau;
 
@@ -180,15 +185,15 @@ struct KlDivTau {
     float s0, mean, z, excess;
     float least;  // Shared::least of the block, of slices that a kernel of their own merges
   };
-  // The sums of the plain form, KL = log(Z / S0) + ... - m: every number in it is a sum of w, v and s - t alone, which need no
-  // class j; only the first two, whose ratio's logarithm is taken, need more than float32. The exponentials are relative to
+  // The sums of the plain form, KL = log(Z / S0) - m (see kl_math.h), of which none needs a class j; only the first two, whose
+  // ratio's logarithm is taken, need more than float32. The exponentials are relative to
   // powers of two, so that slices' sums differ by powers of two.
   struct PlainPartial {
     float s0, s0_low, z, z_low;  // sum w, sum v: two numbers each
     float wd;                    // sum w (s - t)
     float ww, wv, vv;            // for the gradient: sums of the products, which tell sum (q - p)^2
     float w_log2, v_log2;        // w = 2^(t student_log2 - w_log2), v likewise
-    float w_max;
+    float w_max;                 // the largest w
   };
   struct Row {
     float stat[KlStat::count];
@@ -409,8 +414,7 @@ struct KlDivTau {
           if constexpr (!wants_gradient) {
             break;
           } else {
-#pragma unroll
-            for (int i = 0; i < H::width; ++i) set_late(powers.w[n][i]), set_late(powers.v[n][i]);
+            set_late(powers.w[n], powers.v[n]);
             continue;
           }
         }
@@ -561,8 +565,7 @@ struct KlDivTau {
           if constexpr (!wants_gradient) {
             break;
           } else {
-#pragma unroll
-            for (int i = 0; i < H::width; ++i) set_late(w[v][i]), set_late(h[v][i]);
+            set_late(w[v], h[v]);
             continue;
           }
         }
@@ -849,7 +852,7 @@ struct KlDivTau {
     const float ratio = (sums.z + sums.z_low) * inv_s0;
     const float rest = fmaf(-ratio, sums.s0, sums.z) + fmaf(-ratio, sums.s0_low, sums.z_low);
     const float apart = sums.v_log2 - sums.w_log2;
-    const float shift = fmaf(rest, inv_z, math::log(ratio * power_of_two(apart)));
+    const float shift = fmaf(rest, inv_z, math::log(ratio * exp2_of_whole(apart)));
     const float mean = sums.wd * inv_s0 * p.plain_inv_tau, loss = shift - mean;
     // (The roundings of the shift, which is below |mean| + loss, of the mean and of the logits' differences.)
     const float rounding = fmaf(3 * kRounding, fabsf(mean), kBias);
@@ -995,7 +998,7 @@ struct KlDivTau {
       const bool has = number(sum) > 0;
       const float mine = number(log2);
       of_row = reduce_warp(has ? mine : -INFINITY, Max());
-      return has && mine - of_row > -kMostApart ? power_of_two(mine - of_row) : 0.f;
+      return has && mine - of_row > -kMostApart ? exp2_of_whole(mine - of_row) : 0.f;
     };
     const float w_share = share_of(&PlainPartial::s0, &PlainPartial::w_log2, all.w_log2);
     const float v_share = share_of(&PlainPartial::z, &PlainPartial::v_log2, all.v_log2);

@@ -165,6 +165,7 @@ __device__ __forceinline__ F reduce_warp(F x, Op op) {
   return x;
 }
 
+// In a tree: its rounding is smaller than that of one sum after the other.
 template <int n>
 __device__ __forceinline__ float sum_by_halves(const float (&x)[n]) {
   float sums[n];
@@ -178,7 +179,7 @@ __device__ __forceinline__ float sum_by_halves(const float (&x)[n]) {
   return sums[0];
 }
 
-// The same of integers, over a team of a warp or more: an instruction adds up a warp's.
+// Adds up N integers over a team of a warp or more: an instruction adds up a warp's.
 template <int N>
 __device__ __forceinline__ void sum_integers(const Team& team, unsigned (&x)[N], unsigned (&shared)[kMostWarps][N]) {
 #pragma unroll
