@@ -68,6 +68,9 @@ struct WidePhiSeries {  // 1.3e-7 relative
 constexpr uint32_t kTwoOrMore = 0x40000000u;  // set where |y| >= 2, and in infinity and NaN
 // From here on the KL, which is at least this less log S0, is as good in its plain form, and the stable one might overflow.
 constexpr float kPlainFrom = 20;
+// From here on x, in units of tau, has lost too much of the student's logit for the stable one: a slice that the teacher all
+// but masks, by a large finite number, may still have much of the student's mass.
+constexpr float kMostCentre = 65536;
 // A row may be peaked where its shift is below this times the mean. Most such rows are ordinary ones, whose shift is near 0 by
 // chance: all their classes' x are above -kFar, and the gradient is no smaller, beside the mean, than 1 / kFar.
 constexpr double kPeaked = 1. / 8;
@@ -494,8 +497,8 @@ struct KlDivTau {
       partial.z = fmaf(unit, sums[1] + sums[2], sums[0]) * w_unit * exp2_approx(-rest_log2 - off_log2);
       partial.excess = exp2_approx(-kLog2E * unit * y) * (unit * centred) * partial.s0;
       least = unit * (least - y);
-      return rest_log2 < kLog2E * kPlainFrom && fabsf(y) < 2 && centred >= phi_mean / 8 && weight.log2 == p.teacher_log2 &&
-             student_weight.log2 == p.student_log2;
+      return rest_log2 < kLog2E * kPlainFrom && fabsf(partial.x.centre) * p.inv_tau < kMostCentre && fabsf(y) < 2 &&
+             centred >= phi_mean / 8 && weight.log2 == p.teacher_log2 && student_weight.log2 == p.student_log2;
     }
 
     // First the sums from which the mean follows; then the excess around that, or, of a row with a large KL, the plain form's
@@ -514,7 +517,7 @@ struct KlDivTau {
       partial.s0 = sums[0] * w_unit;
       partial.mean = sums[1] / sums[0] * p.inv_tau;
       const float rest = (or_zero(partial.s_max) - partial.s_j) * p.inv_tau - partial.mean, rest_log2 = kLog2E * rest;
-      const bool is_stable = rest < kPlainFrom;
+      const bool is_stable = rest < kPlainFrom && fabsf(partial.x.centre) * p.inv_tau < kMostCentre;
       float last[1];
       if (is_stable) {
         const Exponential<H::packed> student_weight(p.student_log2, partial.s_max);
