@@ -86,6 +86,16 @@ def test_confident_and_right(where: Where, depth: float) -> None:
             check(where, "kd_loss", s, t, target=y, alpha=alpha, label_smoothing=smoothing, grads=grads, reduction=reduction)
 
 
+@pytest.mark.parametrize("tau", [1.0, 2.0, 3.0, 4.0])
+@pytest.mark.parametrize("alpha", [1e-3, 1e-12, 1e-36, 1e-44])
+def test_a_small_share_of_the_soft_part(where: Where, alpha: float, tau: float) -> None:
+    """What the gradient takes from the soft part's numbers does not come to depend on its share."""
+    s, t = (x.clone() for x in logits("typical", (6, 100)))
+    y = torch.tensor([0, 1, 50, 51, 98, 99])
+    s[::2, y[::2]] = 9.0  # a likely target in every other row
+    check(where, "kd_loss", s, t, target=y, alpha=alpha, tau=tau, grads="s")
+
+
 # --------------------------------------------------------------------------------------------- the losses it replaces
 
 

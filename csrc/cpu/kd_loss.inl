@@ -12,7 +12,7 @@ struct HardPart {
   static constexpr F inf = F(__builtin_inf()), nan = F(__builtin_nan("")), log2_e = F(1.4426950408889634);
 
   struct Sums {
-    Sum<V> others, below_max;                    // of the exponentials (the target's too, where they are kept); of s_max - s
+    Sum<V> others, below_max;  // of the exponentials (the target's too, where they or their powers are kept); of s_max - s
     F target_exponential = nan, target_s = nan;  // they stay NaN where the target is no class
 
     KDFAST_INLINE void carry() {
@@ -25,6 +25,7 @@ struct HardPart {
   int64_t classes = 0, target = 0;
   F smoothing = 0, loss = 0;
   F stat[HardStat::count] = {};
+  bool smooths = false;                        // smoothing is not 0
   bool counts = false;                         // not an ignored row
   F unit = 1;                                  // of the exponentials, beside e^(s - s_max)
   int degree = 0;                              // of the soft part's in its exponentials, 0: not worth it
@@ -38,6 +39,7 @@ struct HardPart {
         classes(args.classes),
         target(args.target.at(r, int64_t(0))),
         smoothing(args.classes > 1 ? F(args.label_smoothing) : 0) {
+    smooths = smoothing != 0;
     counts = target != args.ignore_index;
     // (At alpha = 0 the soft part may be NaN where the hard part is not.)
     if (args.soft == Soft::kl && args.alpha != 0) degree = args.tau == 1 ? 1 : args.tau == 2 ? 2 : args.tau == 4 ? 4 : 0;
@@ -72,16 +74,15 @@ struct HardPart {
     F unit;
 
     PlainExponentials(const HardPart& hard, const PowersFrom& student) : powers(log2_e, student.from), degree(hard.degree) {
-      unit = 1 / (degree == 0 ? powers : student).unit();
-      if (degree > 1) unit *= unit;
-      if (degree > 2) unit *= unit;
+      unit = to_the(degree, 1 / (degree == 0 ? powers : student).unit());
     }
-    KDFAST_INLINE V operator()(V s, V v) const { return degree == 0 ? powers(s) : to_the(degree, v); }
+    KDFAST_INLINE V operator()(V s, V v) const { return __builtin_expect(degree > 0, 1) ? to_the(degree, v) : powers(s); }
   };
-  static KDFAST_INLINE V to_the(int degree, V v) {  // 1, 2 or 4
-    if (degree > 1) v *= v;
-    if (degree > 2) v *= v;
-    return v;
+  template <class X>
+  static KDFAST_INLINE X to_the(int degree, X x) {  // 1, 2 or 4 (and 0: not wanted)
+    if (__builtin_expect(degree > 1, 1)) x *= x;
+    if (__builtin_expect(degree > 2, 1)) x *= x;
+    return x;
   }
   // Adds a vector to the sums, and keeps its exponentials where there is a scratch row for them. shared: those of the soft
   // part, which at tau = 1 are the same.
@@ -89,56 +90,67 @@ struct HardPart {
   KDFAST_INLINE void add(Sums& sums, F* kept_e, int64_t i, Lanes lanes, V s, V shared) const {
     if (counts) add_exponentials(sums, kept_e, KeptOrder<false>{}.place(i, lanes), s, degree == 1 ? shared : exponential(s));
   }
-  // The same in a plain row. v: the student's powers.
+  // The same in a plain row. v: the student's powers, which are kept too.
   template <class Place>
   KDFAST_INLINE void add_plain(const PlainExponentials& exponentials, Sums& sums, F* kept_e, const Place& place, V s,
                                V v) const {
-    add_exponentials(sums, kept_e, place, s, only(place.lanes, exponentials(s, v)));
+    add_exponentials(sums, kept_e, place, s, only(place.lanes, exponentials(s, v)), degree > 0);
   }
   template <class Place>
-  KDFAST_INLINE void add_exponentials(Sums& sums, F* kept_e, const Place& place, V s, V e) const {
+  KDFAST_INLINE void add_exponentials(Sums& sums, F* kept_e, const Place& place, V s, V e, bool made_again = false) const {
     if (kept_e != nullptr) {
-      store(kept_e + place.kept, e, Full{});
+      if (!made_again) store(kept_e + place.kept, e, Full{});
     } else if (const TargetLane at(target, place); at) {
       sums.target_s = largest(at.mask() ? s : splat<V>(-inf));
       sums.target_exponential = sum(at.mask() ? e : V{});
       e = at.mask() ? V{} : e;
     }
     sums.others += e;
-    if (smoothing != 0) sums.below_max += only(place.lanes, stat[HardStat::s_max] - s);
+    if (__builtin_expect(smooths, 0)) sums.below_max += only(place.lanes, stat[HardStat::s_max] - s);
   }
-  // Takes the target's exponential from the sum of those kept, and puts in its place what the gradient's formula makes into
-  // the gradient there. Where it is most of the sum, the others are added again: nothing cancels.
-  template <class Order>
-  void take_target(Sums& sums, F& others, F* kept_e, Order order) const {
+  // What a row's kept numbers are: its exponentials, or powers that those are made of.
+  struct Themselves {
+    KDFAST_INLINE V operator()(V e) const { return e; }
+  };
+  struct OfPowers {
+    int degree;
+    KDFAST_INLINE V operator()(V v) const { return to_the(degree, v); }
+  };
+  // Takes the target's exponential from the sum of those kept: exponential_of(the numbers kept). Where it is most of the sum,
+  // the others are added again: nothing cancels.
+  template <class Order, class ExponentialOf>
+  void take_target(Sums& sums, F& others, F* kept, Order order, ExponentialOf exponential_of) const {
     others = sums.others.value();
-    if (kept_e == nullptr || uint64_t(target) >= uint64_t(classes)) return;
-    F& at_target = kept_e[order.at(target)];
+    if (kept == nullptr || uint64_t(target) >= uint64_t(classes)) return;
+    F& at_target = kept[order.at(target)];
+    const F number = at_target;
     sums.target_s = load<V>(student + target, First{1}, 0)[0];
-    sums.target_exponential = at_target;
-    others -= at_target;
-    if (others < at_target) {
-      at_target = 0;
-      Sum<V> again;
-      for_each_vector<V>(
-          0, order.count(classes), [&](int64_t i, auto lanes) { again += load<V>(kept_e + i, lanes, 0); }, again);
-      others = again.value();
-    }
-    at_target = smoothing * (others + sums.target_exponential) - others;
+    sums.target_exponential = exponential_of(splat<V>(number))[0];
+    others -= sums.target_exponential;
+    if (others >= sums.target_exponential) return;
+    at_target = 0;
+    Sum<V> again;
+    const auto add = [&](int64_t i, auto lanes) { again += exponential_of(load<V>(kept + i, lanes, 0)); };
+    for_each_vector<V>(0, order.count(classes), add, again);
+    others = again.value();
+    at_target = number;
   }
   // The same of a plain row, or false: its exponentials are not within what their powers can show.
   template <class Order>
-  bool finish_plain_row(Sums& sums, F* kept_e, Order order) {
+  bool finish_plain_row(Sums& sums, F* kept_v, F* kept_e, Order order) {
     if (!counts) return true;
-    const F z = finish_row(sums, kept_e, order);
+    const F z = degree > 0 ? finish_row(sums, kept_v, order, OfPowers{degree}) : finish_row(sums, kept_e, order);
     return z < PowersFrom::kMostSquares && z >= 1 / kMostPower;
   }
-  // Returns the sum of the exponentials, in their own units.
-  template <class Order = KeptOrder<false>>
-  F finish_row(Sums& sums, F* kept_e, Order order = {}) {
+  // Returns the sum of the exponentials, in their own units. Where they are kept themselves, puts in the target's place what
+  // the gradient's formula makes into the gradient there.
+  template <class Order = KeptOrder<false>, class ExponentialOf = Themselves>
+  F finish_row(Sums& sums, F* kept, Order order = {}, ExponentialOf exponential_of = {}) {
     if (!counts) return 0;
     F others;
-    take_target(sums, others, kept_e, order);
+    take_target(sums, others, kept, order, exponential_of);
+    if (__is_same(ExponentialOf, Themselves) && kept != nullptr && uint64_t(target) < uint64_t(classes))
+      kept[order.at(target)] = smoothing * (others + sums.target_exponential) - others;
     const F sum = others + sums.target_exponential, e_target = sums.target_exponential * unit;
     others *= unit;
     const F z = others + e_target;
@@ -147,7 +159,7 @@ struct HardPart {
     const bool likely = others < e_target;
     loss = likely ? math::log1p(others / e_target) : math::log(z) + gap;
     const F log_z = likely ? loss - gap : math::log(z);
-    if (smoothing != 0) loss = (1 - smoothing) * loss + smoothing * (log_z + sums.below_max.value() / F(classes));
+    if (smooths) loss = (1 - smoothing) * loss + smoothing * (log_z + sums.below_max.value() / F(classes));
     stat[HardStat::inv_z] = 1 / z;
     stat[HardStat::slope] = -others / z;
     return sum;
@@ -189,10 +201,11 @@ struct HardPart {
       if (const TargetLane at(target, KeptOrder<false>{}.place(i, lanes)); at) g = at.mask() ? splat<V>(at_target) : g;
     return g;
   }
-  // What a plain row's gradient has of the hard part: `elsewhere` to subtract, and the exponentials times `factor`.
+  // What a plain row's gradient has of the hard part: minus_elsewhere, and the exponentials times `factor`.
   struct PlainGradient {
-    F factor = 0, elsewhere = 0;
-    F exponential_at_target = 0;  // what take_target leaves in its place
+    static constexpr F kMostInstead = F(0x1p+120);
+    V factor{}, minus_elsewhere{};
+    F exponential_at_target = 0;  // what stands in its place
     int64_t target = 0;
     int degree = 0;
     bool writes = false;
@@ -200,8 +213,8 @@ struct HardPart {
     PlainGradient() = default;
     explicit PlainGradient(const HardPart& hard) : writes(hard.writes) {
       if (!writes) return;
-      factor = hard.factor;
-      elsewhere = hard.elsewhere;
+      factor = splat<V>(hard.factor);
+      minus_elsewhere = splat<V>(-hard.elsewhere);
       target = hard.target;
       degree = hard.degree;
       exponential_at_target = (hard.stat[HardStat::slope] + hard.smoothing) / (hard.stat[HardStat::inv_z] * hard.unit);
@@ -210,10 +223,22 @@ struct HardPart {
     template <class Weights, class Place>
     KDFAST_INLINE V add(V g, const Weights& weights, const Place& place, V s, V v) const {
       if (!writes) return g;
-      V e = degree > 0 ? to_the(degree, v) : weights.exponential(place, s);
-      if (!Weights::kept || degree > 0)  // else take_target has done it
+      V e = __builtin_expect(degree > 0, 1) ? to_the(degree, v) : weights.exponential(place, s);
+      if constexpr (!Weights::kept)  // else it is in its place among them
         if (const TargetLane at(target, place); at) e = at.mask() ? splat<V>(exponential_at_target) : e;
       return multiply_add(e, factor, g);
+    }
+    // Puts numbers in the place of the target's w and v, of which the exponentials are made, that the formula for the others
+    // makes into the gradient there; minus_p and q are its factors of w and v. False where there are none.
+    template <class Order>
+    bool set_target(F* kept_w, F* kept_v, Order order, F minus_p, F q) const {
+      if (!writes || degree == 0) return true;
+      F &w = kept_w[order.at(target)], &v = kept_v[order.at(target)];
+      const F instead = w + (v * q + exponential_at_target * factor[0]) / minus_p;
+      if (!(instead < kMostInstead && instead > -kMostInstead)) return false;
+      w = instead;
+      v = 0;
+      return true;
     }
   };
   template <class Weights>

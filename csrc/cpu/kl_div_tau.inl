@@ -157,6 +157,7 @@ struct KlRow {
     const PlainPowers powers(*this);
     const typename Hard::PlainExponentials exponentials(hard, powers.student);
     hard.start(stat[KlStat::s_max], exponentials.unit);
+    const Hard hard_part(hard);
     const Gradient earlier(gradient_of_earlier);
     earlier.begin();
     Sum<V> sum_w, sum_wd, sum_v;
@@ -173,7 +174,7 @@ struct KlRow {
         store(kept_w + place.kept, w, Full{});
         store(kept_v + place.kept, v, Full{});
       }
-      if constexpr (Hard::kStats > 0) hard.add_plain(exponentials, hard_sums, kept_e, place, s, v);
+      if constexpr (Hard::kStats > 0) hard_part.add_plain(exponentials, hard_sums, kept_e, place, s, v);
     };
     const auto add_all = [&](int64_t i, auto lanes) {
       __builtin_prefetch(address(next_student + i), 0, 3);
@@ -185,7 +186,7 @@ struct KlRow {
     for_each_vector<V, Order::kVectors>(0, classes, add_all, sum_w, sum_wd, sum_v, hard_sums);
     earlier.finish();
     bool within_range = true;
-    if constexpr (Hard::kStats > 0) within_range = hard.finish_plain_row(hard_sums, kept_e, order);
+    if constexpr (Hard::kStats > 0) within_range = hard.finish_plain_row(hard_sums, kept_v, kept_e, order);
     exact_s0 = sum_w.exact();
     exact_s1 = sum_wd.exact();
     exact_z = within_range ? sum_v.exact() : inf;  // (no plain row)
@@ -624,7 +625,8 @@ struct KlDivTau {
   }
 
   // The student's gradient of a plain row, a vector at a time (or two). The two multiply-adds are spelt out: whichever function
-  // this is part of, the bits are the same.
+  // this is part of, the bits are the same. (The factors are vectors in memory: registers are scarce, and to make one of a
+  // number would take an instruction of the kind that the powers are made of.)
   template <class Weights>
   struct PlainGradient {
     Weights weights{};
@@ -633,7 +635,7 @@ struct KlDivTau {
     Pointer<const S> student{}, teacher{};
     typename Row::Order order{};
     int64_t classes = 0;
-    F p = 0, q = 0;
+    V minus_p{}, q{};
 
     PlainGradient() = default;
     PlainGradient(const Args& args, int64_t r, F weight, const Row& row, const Hard& hard_part, Weights weights,
@@ -647,13 +649,13 @@ struct KlDivTau {
           classes(row.classes) {
       if (hard_part.alone) return;
       const F factor = args.grad_loss.at(r, F(1)) * weight * F(args.grad_scale) * F(args.scale / args.tau);
-      p = factor / row.s0;
-      q = factor / row.z;
+      minus_p = splat<V>(-(factor / row.s0));
+      q = splat<V>(factor / row.z);
     }
     template <class Place>
     KDFAST_INLINE V at(const Place& place, V s, V t) const {
       const V v = weights.student(place, s);
-      V g = multiply_add(weights.teacher(place, t), -p, splat<V>(-hard.elsewhere));
+      V g = multiply_add(weights.teacher(place, t), minus_p, hard.minus_elsewhere);
       g = multiply_add(v, q, g);
       if constexpr (Hard::kStats > 0) g = hard.add(g, weights, place, s, v);
       return g;
@@ -774,8 +776,7 @@ struct KlDivTau {
           if (row.plain) {
             Pointer<const S> next_teacher = row_of<S>(args.teacher, reads_again ? first + i : next(i));
             const auto sum = [&](const auto& earlier) {
-              F* e = hard[i].degree > 0 ? nullptr : kept_e(i);  // which are made of v
-              row.sum_plain_row(kept_w(i), kept_v(i), e, order, hard[i], next_student, next_teacher, to_write, earlier);
+              row.sum_plain_row(kept_w(i), kept_v(i), kept_e(i), order, hard[i], next_student, next_teacher, to_write, earlier);
             };
             if constexpr (Postponed::kWanted) {
               if (postponed[i].end > 0) {
@@ -831,13 +832,13 @@ struct KlDivTau {
         if constexpr (sizeof(F) == 4) {
           const int64_t r = first + i;
           if constexpr (Hard::kStats > 0) hard[i].scale(args.grad_loss.at(r, F(1)) * weight[i] * F(args.hard_grad_scale));
-          if (!keep) {
+          const KeptPlain numbers{kept_w(i), kept_v(i), kept_e(i)};
+          const PlainGradient<KeptPlain> gradient(args, r, weight[i], rows[i], hard[i], numbers, order);
+          if (!keep || !gradient.hard.set_target(kept_w(i), kept_v(i), order, gradient.minus_p[0], gradient.q[0])) {
             const typename Row::PlainPowers powers(rows[i]);
             const RecomputedPlain recomputed{powers, typename Hard::PlainExponentials(hard[i], powers.student)};
             return plain_gradient(PlainGradient<RecomputedPlain>(args, r, weight[i], rows[i], hard[i], recomputed, order));
           }
-          const KeptPlain numbers{kept_w(i), kept_v(i), kept_e(i)};
-          const PlainGradient<KeptPlain> gradient(args, r, weight[i], rows[i], hard[i], numbers, order);
           if (Postponed::kWanted && gradient.grad_student.streamed)
             postponed[i] = Postponed(gradient);
           else

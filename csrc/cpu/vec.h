@@ -208,20 +208,24 @@ KDFAST_INLINE V multiply_subtract(V x, ScalarOf<V> a, ScalarOf<V> b) {
 
 // x * a + b, likewise.
 template <class V>
-KDFAST_INLINE V multiply_add(V x, ScalarOf<V> a, V b) {
+KDFAST_INLINE V multiply_add(V x, V a, V b) {
 #if defined(KDFAST_AVX512)
   if constexpr (sizeof(ScalarOf<V>) == 4)
-    return _mm512_fmadd_ps(x, splat<V>(a), b);
+    return _mm512_fmadd_ps(x, a, b);
   else
-    return _mm512_fmadd_pd(x, splat<V>(a), b);
+    return _mm512_fmadd_pd(x, a, b);
 #elif defined(KDFAST_AVX2)
   if constexpr (sizeof(ScalarOf<V>) == 4)
-    return _mm256_fmadd_ps(x, splat<V>(a), b);
+    return _mm256_fmadd_ps(x, a, b);
   else
-    return _mm256_fmadd_pd(x, splat<V>(a), b);
+    return _mm256_fmadd_pd(x, a, b);
 #else
   return x * a + b;
 #endif
+}
+template <class V>
+KDFAST_INLINE V multiply_add(V x, ScalarOf<V> a, V b) {
+  return multiply_add(x, splat<V>(a), b);
 }
 
 // 2^x by the shorter series, for |x| below kShortExp2Limit.
