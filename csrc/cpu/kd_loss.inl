@@ -210,8 +210,9 @@ struct HardPart {
     int degree = 0;
     bool writes = false;
 
-    PlainGradient() = default;
-    explicit PlainGradient(const HardPart& hard) : writes(hard.writes) {
+    void set(const HardPart& hard) {
+      writes = hard.writes;
+      factor = minus_elsewhere = V{};
       if (!writes) return;
       factor = splat<V>(hard.factor);
       minus_elsewhere = splat<V>(-hard.elsewhere);

@@ -547,7 +547,7 @@ struct KlDivTau {
   // The same of a plain row.
   struct KeptPlain {
     static constexpr bool kept = true;
-    const F *w, *v, *e;
+    const F *w = nullptr, *v = nullptr, *e = nullptr;
     template <class Place>
     KDFAST_INLINE V teacher(const Place& place, V) const {
       return load<V>(w + place.kept, place.lanes, 0);
@@ -629,7 +629,7 @@ struct KlDivTau {
   // number would take an instruction of the kind that the powers are made of.)
   template <class Weights>
   struct PlainGradient {
-    Weights weights{};
+    Weights weights;
     typename Hard::PlainGradient hard{};
     GradientRow<S> grad_student{};
     Pointer<const S> student{}, teacher{};
@@ -638,19 +638,27 @@ struct KlDivTau {
     V minus_p{}, q{};
 
     PlainGradient() = default;
-    PlainGradient(const Args& args, int64_t r, F weight, const Row& row, const Hard& hard_part, Weights weights,
-                  typename Row::Order order)
-        : weights(weights),
-          hard(hard_part),
-          grad_student(args.grad_student, args.rows, r, args.student.data),
-          student(row.student),
-          teacher(row.teacher),
-          order(order),
-          classes(row.classes) {
+    explicit PlainGradient(const Weights& weights) : weights(weights) {}
+    // (Not by a constructor: a copy, by vectors, would wait for the writing of the numbers.)
+    void set(const Args& args, int64_t r, F weight, const Row& row, const Hard& hard_part, typename Row::Order order_of_kept) {
+      hard.set(hard_part);
+      grad_student = GradientRow<S>(args.grad_student, args.rows, r, args.student.data);
+      student = row.student;
+      teacher = row.teacher;
+      order = order_of_kept;
+      classes = row.classes;
+      minus_p = q = V{};
       if (hard_part.alone) return;
       const F factor = args.grad_loss.at(r, F(1)) * weight * F(args.grad_scale) * F(args.scale / args.tau);
       minus_p = splat<V>(-(factor / row.s0));
       q = splat<V>(factor / row.z);
+    }
+    // Counts the row's classes from another.
+    void start_at(int64_t first) {
+      grad_student.data = grad_student.data + first;
+      grad_student.width -= first;
+      order = order.from(first);
+      classes -= first;
     }
     template <class Place>
     KDFAST_INLINE V at(const Place& place, V s, V t) const {
@@ -698,19 +706,20 @@ struct KlDivTau {
     static constexpr int64_t kLine = Row::Order::kVectors * kLanes<V>;  // classes
 
     PlainGradient<KeptPlain> gradient{};
-    int64_t head = 0, end = 0;
+    int64_t head = 0, end = 0;  // classes before the first whole line, and from there on
 
-    Postponed() = default;
-    explicit Postponed(const PlainGradient<KeptPlain>& gradient)
-        : gradient(gradient), head(gradient.grad_student.before_line()), end(gradient.classes) {
+    // Of the gradient that has been set.
+    void start() {
+      head = gradient.grad_student.before_line();  // (A plain row has more classes.)
+      end = gradient.classes - head;
+      gradient.start_at(head);
       __builtin_prefetch(address(gradient.grad_student.data + (end - 1)), 1, 3);
     }
     void begin() const {
-      if (head > 0) write_part(gradient, 0, head < end ? head : end);
+      if (head > 0) write_part(gradient, -head, 0);
     }
     // In time for the numbers at class i and after it to be replaced.
     KDFAST_INLINE void write(int64_t i) const {
-      i += head;
       if (i + kLine > end) return write_part(gradient, i, end);
       gradient(i, Full{}, true);
     }
@@ -727,7 +736,10 @@ struct KlDivTau {
   };
   static void write_postponed(Postponed& postponed) {
     if constexpr (Postponed::kWanted)
-      if (postponed.end > 0) plain_gradient(postponed.gradient);
+      if (postponed.end > 0) {
+        postponed.begin();
+        plain_gradient(postponed.gradient);
+      }
     postponed.end = 0;
   }
 
@@ -756,13 +768,16 @@ struct KlDivTau {
     Scratch<F> scratch(keep ? together * stride * kKeptRows : 0);
     F weight[kTogether];
     Row rows[kTogether];
-    for (int64_t i = 0; i < together; ++i) rows[i] = Row(temperatures, classes);
     Hard hard[kTogether];
     Postponed postponed[kTogether];
     const auto kept = [&](int64_t i, int which) { return keep ? scratch.data + (kKeptRows * i + which) * stride : nullptr; };
     const auto kept_w = [&](int64_t i) { return kept(i, 0); };
     const auto kept_v = [&](int64_t i) { return kept(i, 1); };
     const auto kept_e = [&](int64_t i) { return kept(i, kKeptRows - 1); };
+    for (int64_t i = 0; i < together; ++i) {
+      rows[i] = Row(temperatures, classes);
+      postponed[i].gradient.weights = {kept_w(i), kept_v(i), kept_e(i)};
+    }
     for (int64_t first = begin; first < end; first += together) {
       const int64_t count = first + together < end ? together : end - first;
       const auto next = [&](int64_t i) { return first + i + together < end ? first + i + together : first + i; };
@@ -832,15 +847,16 @@ struct KlDivTau {
         if constexpr (sizeof(F) == 4) {
           const int64_t r = first + i;
           if constexpr (Hard::kStats > 0) hard[i].scale(args.grad_loss.at(r, F(1)) * weight[i] * F(args.hard_grad_scale));
-          const KeptPlain numbers{kept_w(i), kept_v(i), kept_e(i)};
-          const PlainGradient<KeptPlain> gradient(args, r, weight[i], rows[i], hard[i], numbers, order);
+          PlainGradient<KeptPlain>& gradient = postponed[i].gradient;
+          if (keep) gradient.set(args, r, weight[i], rows[i], hard[i], order);
           if (!keep || !gradient.hard.set_target(kept_w(i), kept_v(i), order, gradient.minus_p[0], gradient.q[0])) {
             const typename Row::PlainPowers powers(rows[i]);
-            const RecomputedPlain recomputed{powers, typename Hard::PlainExponentials(hard[i], powers.student)};
-            return plain_gradient(PlainGradient<RecomputedPlain>(args, r, weight[i], rows[i], hard[i], recomputed, order));
+            PlainGradient<RecomputedPlain> recomputed({powers, typename Hard::PlainExponentials(hard[i], powers.student)});
+            recomputed.set(args, r, weight[i], rows[i], hard[i], order);
+            return plain_gradient(recomputed);
           }
           if (Postponed::kWanted && gradient.grad_student.streamed)
-            postponed[i] = Postponed(gradient);
+            postponed[i].start();
           else
             plain_gradient(gradient);
         }

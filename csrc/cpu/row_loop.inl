@@ -84,9 +84,11 @@ struct Place {
 template <bool by_pairs>
 struct KeptOrder {
   static constexpr int kVectors = by_pairs ? 2 : 1;  // at a time
-  int64_t odd = 0;
+  int64_t odd = 0, even = 0;
 
-  KDFAST_INLINE int64_t at(int64_t i) const { return by_pairs ? (i & 1) * odd + (i >> 1) : i; }
+  KDFAST_INLINE int64_t at(int64_t i) const { return by_pairs ? ((i & 1) != 0 ? odd : even) + (i >> 1) : even + i; }
+  // The same with the classes counted from another.
+  KeptOrder from(int64_t first) const { return {at(first + 1), at(first)}; }
   KDFAST_INLINE int64_t count(int64_t classes) const { return by_pairs ? 2 * odd : classes; }  // zeros fill both halves
   KDFAST_INLINE Place<Full, kVectors> place(int64_t i, Full) const { return {i, at(i), {}}; }
   KDFAST_INLINE Place<First, kVectors> place(int64_t i, First left) const {
@@ -129,8 +131,7 @@ struct NoHardPart {
   };
   struct PlainGradient {
     static constexpr V minus_elsewhere{};
-    PlainGradient() = default;
-    explicit PlainGradient(const NoHardPart&) {}
+    void set(const NoHardPart&) {}
     template <class Order>
     bool set_target(F*, F*, Order, F, F) const {
       return true;
