@@ -96,6 +96,10 @@ Plan plan_rows(int64_t rows, int64_t row_vectors, int per_thread) {
     }
   }
   plan.slice_vectors = int((row_vectors + plan.slices - 1) / plan.slices);
+  // Slices that begin with a line, where that leaves none empty: a warp's loads then touch no sector more than they have to.
+  constexpr int kLine = 8;  // vectors
+  const int in_lines = (plan.slice_vectors + kLine - 1) / kLine * kLine;
+  if ((plan.slices - 1) * int64_t(in_lines) < row_vectors) plan.slice_vectors = in_lines;
   plan.team = plan.threads = ((plan.slice_vectors + kept - 1) / kept + 31) / 32 * 32;
   plan.decides = plan.slices == 1 || plan.cluster;
   if (rows > INT32_MAX / plan.slices) throw std::runtime_error("kdfast: too many rows: " + std::to_string(rows));
