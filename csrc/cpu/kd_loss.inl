@@ -73,8 +73,9 @@ struct HardPart {
     int degree;
     F unit;
 
-    PlainExponentials(const HardPart& hard, const PowersFrom& student) : powers(log2_e, student.from), degree(hard.degree) {
-      unit = to_the(degree, 1 / (degree == 0 ? powers : student).unit());
+    template <class Powers>
+    PlainExponentials(const HardPart& hard, const Powers& student) : powers(log2_e, student.from), degree(hard.degree) {
+      unit = to_the(degree, 1 / (degree == 0 ? powers.unit() : student.unit()));
     }
     KDFAST_INLINE V operator()(V s, V v) const { return __builtin_expect(degree > 0, 1) ? to_the(degree, v) : powers(s); }
   };

@@ -93,39 +93,42 @@ struct KlRow {
 
   // The two tensors' powers in a plain row. The exponents are those of one temperature, log2(e) / student_log2, to the last
   // bit.
+  template <bool precise = false>
   struct PlainPowers {
-    PowersFrom teacher, student;
+    PowersOf<precise> teacher, student;
     PlainPowers(const KlRow& row)
         : teacher(row.k.student_log2, row.stat[KlStat::t_max]), student(row.k.student_log2, row.stat[KlStat::s_max]) {}
   };
-  static constexpr int64_t kFewestClasses = 64, kManyClasses = 256;  // kFewestClasses: more than a vector has lanes
-  // Of the classes' differences in units of tau: of any from the first one's, and, of long rows, their variance, which is about
-  // the square of the least gradient that finish_plain_row takes.
-  static constexpr F kFar = F(0.3), kFarSquared = F(0.025);
+  // The fewest: more than a vector has lanes. Below kManyClasses the powers are precise, which lets more rows be plain: a short
+  // row's loss lies near what a plain one must have, and the powers are a small part of its time.
+  static constexpr int64_t kFewestClasses = 64, kManyClasses = 256;
+  KDFAST_INLINE bool is_precise() const { return PowersFrom::kHasPrecise && classes < kManyClasses; }
+  // Of a plain row's loss (finish_plain_row), relative: the error of a sum of many classes' terms, and, four times the usual
+  // one, that of one class's (whose exponent is rounded where the multiply-adds are not fused); its share of the budget.
+  static constexpr double kBias = 2e-8, kBudget = 2.5e-6, kLeastGradient = kFused ? 0.15 : 0.3;
+  double error_of_one() const { return is_precise() ? 2.2e-7 : kFused ? 4e-7 : 8e-7; }
+  // The variance of the classes' differences, in units of tau, that such a row has where the logits are ordinary: twice its
+  // loss, and about the square of its gradient.
+  F least_variance() const {
+    const F of_p = F(1.3) / __builtin_sqrtf(F(classes));
+    const F of_loss = 2 * F((kBias + error_of_one() * of_p) / kBudget), of_gradient = F(kLeastGradient * kLeastGradient);
+    return of_loss > of_gradient ? of_loss : of_gradient;
+  }
 
   // Whether the row looks plain in a few of its classes. Leaves their largest logits in the place of the row's.
-  bool guess_plain() {
+  bool guess_plain(F least_variance) {
     const F tau = 1 / k.inv_tau;
-    V s, t;
-    bool far;
-    if (classes < kManyClasses) {
-      s = student_logits(0, Full{});
-      t = teacher_logits(0, Full{});
-      const V d = (s - t) - (s[0] - t[0]);
-      far = any(d * d > kFar * kFar * tau * tau);
-    } else {
-      const auto at = [&](int i) { return (classes / 4 * i); };
-      V d[4];
-      s = t = splat<V>(-inf);
-      for (int i = 0; i < 4; ++i) {
-        const V s_i = student_logits(at(i), Full{}), t_i = teacher_logits(at(i), Full{});
-        s = vmax(s_i, s);
-        t = vmax(t_i, t);
-        d[i] = s_i - t_i;
-      }
-      const V first = d[0] - d[1], second = d[2] - d[3];
-      far = sum(first * first + second * second) > kFarSquared * 4 * kLanes<V> * tau * tau;
+    V s, t, d[4];
+    s = t = splat<V>(-inf);
+    for (int i = 0; i < 4; ++i) {
+      const int64_t at = classes / 4 * i;
+      const V s_i = student_logits(at, Full{}), t_i = teacher_logits(at, Full{});
+      s = vmax(s_i, s);
+      t = vmax(t_i, t);
+      d[i] = s_i - t_i;
     }
+    const V first = d[0] - d[1], second = d[2] - d[3];
+    const bool far = sum(first * first + second * second) > least_variance * 4 * kLanes<V> * tau * tau;
     stat[KlStat::s_max] = largest(s);
     stat[KlStat::t_max] = largest(t);
     return far;
@@ -148,13 +151,13 @@ struct KlRow {
   // sum_row of a plain row: keeps w and v. Sums w (s - t) in the place of w x, and the products that show how far p is from q.
   // Fetches another row and `to_write`. Writes an earlier row's gradient on the way, from the numbers that it puts its own in
   // the place of.
-  template <class Hard, class Gradient>
+  template <bool precise, class Hard, class Gradient>
   __attribute__((noinline)) void sum_plain_row(F* kept_w, F* kept_v, F* kept_e, Order order, Hard& hard,
                                                Pointer<const S> next_student, Pointer<const S> next_teacher,
                                                Pointer<const S> to_write, const Gradient& gradient_of_earlier) {
     typename Hard::Sums hard_sums;
     const KlRow row(*this);  // where no store can touch it
-    const PlainPowers powers(*this);
+    const PlainPowers<precise> powers(*this);
     const typename Hard::PlainExponentials exponentials(hard, powers.student);
     hard.start(stat[KlStat::s_max], exponentials.unit);
     const Hard hard_part(hard);
@@ -200,16 +203,13 @@ struct KlRow {
   // The loss of a plain row, or false: where its loss is not large beside the errors of its terms, or its gradient beside
   // those of the probabilities.
   bool finish_plain_row() {
-    // Relative errors of a sum of many classes' terms, and, four times the usual one, of one class's (whose exponent is rounded
-    // where the multiply-adds are not fused); the loss's share of its budget.
-    constexpr double kBias = 2e-8, kError = kFused ? 4e-7 : 8e-7, kBudget = 2.5e-6, kLeastGradient = kFused ? 0.15 : 0.3;
     if (!(s0 < kMostPower && z < kMostPower && ww < PowersFrom::kMostSquares && vv < PowersFrom::kMostSquares)) return false;
-    const PlainPowers powers(*this);
+    const PlainPowers<> powers(*this);
     const double inv_s0 = 1 / exact_s0, inv_z = 1 / exact_z, inv_tau = ln_2_exactly * k.student_log2;
     const double mean_d = exact_s1 * inv_s0, mean = mean_d * inv_tau;
     const double log_ratio = math::log(exact_z * inv_s0) + ln_2_exactly * (powers.student.origin - powers.teacher.origin);
     const double loss = log_ratio - mean, of_p = ww * inv_s0 * inv_s0;  // sum p^2
-    const double error = (kBias + kError * __builtin_sqrtf(F(of_p))) * (1 + (mean < 0 ? -mean : mean));
+    const double error = (kBias + error_of_one() * __builtin_sqrtf(F(of_p))) * (1 + (mean < 0 ? -mean : mean));
     const double of_gradient = (vv * inv_z - 2 * wv * inv_s0) * inv_z + of_p;  // sum (q - p)^2
     if (!(loss * kBudget > error && loss < kMostPower && of_gradient > kLeastGradient * kLeastGradient * of_p)) return false;
     kl = F(loss);
@@ -504,6 +504,9 @@ struct KlRow {
   }
 };
 
+template <bool>
+struct Precise {};
+
 template <class Args, template <class, class, class> class HardPart, class F, class S>
 struct KlDivTau {
   using V = typename VecOf<F>::type;
@@ -563,7 +566,7 @@ struct KlDivTau {
   };
   struct RecomputedPlain {
     static constexpr bool kept = false;
-    const typename Row::PlainPowers powers;
+    const typename Row::template PlainPowers<> powers;
     const typename Hard::PlainExponentials exponentials;
     template <class Place>
     KDFAST_INLINE V teacher(const Place& place, V t) const {
@@ -760,6 +763,7 @@ struct KlDivTau {
     // recomputed need more digits of some.)
     const bool may_be_plain =
         sizeof(F) == 4 && temperatures.equal && classes >= Row::kFewestClasses && !for_teacher && args.row_stats == nullptr;
+    const F least_variance = Row(temperatures, classes).least_variance();
     // Long rows whose gradient needs the logits again: two of the next row's would drive them out of the cache.
     const bool reads_again = args.grad_student.data != nullptr && !keep;
     constexpr int64_t step = Row::Order::kVectors * kLanes<V>;
@@ -790,17 +794,23 @@ struct KlDivTau {
         if constexpr (sizeof(F) == 4)  // (rows of doubles are neither plain nor narrow)
           if (row.plain) {
             Pointer<const S> next_teacher = row_of<S>(args.teacher, reads_again ? first + i : next(i));
-            const auto sum = [&](const auto& earlier) {
-              row.sum_plain_row(kept_w(i), kept_v(i), kept_e(i), order, hard[i], next_student, next_teacher, to_write, earlier);
+            const auto sum = [&]<bool precise>(Precise<precise>, const auto& earlier) {
+              row.template sum_plain_row<precise>(kept_w(i), kept_v(i), kept_e(i), order, hard[i], next_student, next_teacher,
+                                                  to_write, earlier);
             };
+            if constexpr (PowersFrom::kHasPrecise)
+              if (row.is_precise()) {
+                write_postponed(postponed[i]);
+                return sum(Precise<true>{}, NothingPostponed{});
+              }
             if constexpr (Postponed::kWanted) {
               if (postponed[i].end > 0) {
-                sum(postponed[i]);
+                sum(Precise<false>{}, postponed[i]);
                 postponed[i].end = 0;
                 return;
               }
             }
-            return sum(NothingPostponed{});
+            return sum(Precise<false>{}, NothingPostponed{});
           }
         write_postponed(postponed[i]);
         hard[i].start(row.stat[KlStat::s_max]);
@@ -829,7 +839,7 @@ struct KlDivTau {
         hard[i] = Hard(args, r, rows[i].student);
         weight[i] = args.weight.at(r, F(1));
         if (weight[i] == 0) continue;
-        if constexpr (sizeof(F) == 4) rows[i].plain = may_be_plain && rows[i].guess_plain();
+        if constexpr (sizeof(F) == 4) rows[i].plain = may_be_plain && rows[i].guess_plain(least_variance);
         if (!rows[i].plain) rows[i].find_reference(row_of<S>(args.teacher, next(i)));
         if (for_teacher) rows[i].narrow = false;  // whose pass writes the student's alone
       }
@@ -850,7 +860,7 @@ struct KlDivTau {
           PlainGradient<KeptPlain>& gradient = postponed[i].gradient;
           if (keep) gradient.set(args, r, weight[i], rows[i], hard[i], order);
           if (!keep || !gradient.hard.set_target(kept_w(i), kept_v(i), order, gradient.minus_p[0], gradient.q[0])) {
-            const typename Row::PlainPowers powers(rows[i]);
+            const typename Row::template PlainPowers<> powers(rows[i]);
             PlainGradient<RecomputedPlain> recomputed({powers, typename Hard::PlainExponentials(hard[i], powers.student)});
             recomputed.set(args, r, weight[i], rows[i], hard[i], order);
             return plain_gradient(recomputed);

@@ -127,7 +127,8 @@ struct NoHardPart {
 
   struct PlainExponentials {
     static constexpr F unit = 1;
-    PlainExponentials(const NoHardPart&, const PowersFrom&) {}
+    template <class Powers>
+    PlainExponentials(const NoHardPart&, const Powers&) {}
   };
   struct PlainGradient {
     static constexpr V minus_elsewhere{};

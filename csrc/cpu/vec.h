@@ -238,39 +238,56 @@ KDFAST_INLINE VecF short_exp2(VecF x) {
 
 // 2^(c x - origin) to about an ulp, with an origin that makes it 1 near x = `from`; c x itself is not rounded (but in the
 // baseline), however large it is. 0 where it is below the normal numbers, kMostPower or more (or NaN) where it is above that.
+// precise: twice as well, where the instruction set has such a form (kHasPrecise).
 inline constexpr float kMostPower = 0x1p+100f;
-struct PowersFrom {
+template <bool precise>
+struct PowersOf {
   float c, from;
   double origin;
 
   float unit() const { return math::exp(0.693147181f * float(double(from) * c - origin)); }  // 2^(c from - origin)
 
 #if defined(KDFAST_AVX512)
+  static constexpr bool kHasPrecise = true;
   // SquareExp2::kScale 2^(i / 32)
-  alignas(64) static constexpr float kPowers[32] = {
+  alignas(64) static constexpr float kScaledPowers[32] = {
       0.240228131f, 0.245488435f, 0.25086394f,  0.256357133f, 0.261970639f, 0.26770705f,  0.273569077f, 0.279559433f,
       0.285681009f, 0.291936606f, 0.298329175f, 0.304861724f, 0.311537355f, 0.318359107f, 0.325330287f, 0.332454085f,
       0.339733869f, 0.347173095f, 0.35477519f,  0.362543762f, 0.370482415f, 0.378594935f, 0.386885077f, 0.395356774f,
       0.404013962f, 0.412860692f, 0.421901166f, 0.431139618f, 0.440580338f, 0.450227797f, 0.460086495f, 0.47016108f};
+  // 2^(i / 32)
+  alignas(64) static constexpr float kPowers[32] = {
+      1.0f,        1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f, 1.1637249f,
+      1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f, 1.35425556f, 1.38390994f,
+      1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f, 1.5759809f,  1.61049032f, 1.64575553f,
+      1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f, 1.8340081f,  1.87416768f, 1.91520655f, 1.95714414f};
   static constexpr float magic = 0x1.8p+18f, kMostOrigin = 120;  // adding magic rounds to 1/32
   static constexpr float kMostSquares = kMostPower;
-  VecF low, high;  // kPowers 2^-origin
+  VecF low, high;  // the table's numbers times 2^-origin
 
-  PowersFrom(float c, float from) : c(c), from(from) {
+  PowersOf(float c, float from) : c(c), from(from) {
     const float shift = from * c, bounded = shift > kMostOrigin ? kMostOrigin : shift > -kMostOrigin ? shift : -kMostOrigin;
     const float whole = (bounded + VecOf<float>::magic) - VecOf<float>::magic;
     origin = whole;
-    low = _mm512_scalef_ps(_mm512_loadu_ps(kPowers), splat<VecF>(-whole));
-    high = _mm512_scalef_ps(_mm512_loadu_ps(kPowers + 16), splat<VecF>(-whole));
+    const float* table = precise ? kPowers : kScaledPowers;
+    low = _mm512_scalef_ps(_mm512_loadu_ps(table), splat<VecF>(-whole));
+    high = _mm512_scalef_ps(_mm512_loadu_ps(table + 16), splat<VecF>(-whole));
   }
   KDFAST_INLINE VecF operator()(VecF x) const {
     const VecF shifted = _mm512_fmadd_ps(x, splat<VecF>(c), splat<VecF>(magic)), rounded = shifted - magic;
-    const VecF shifted_fraction = (VecF)_mm512_fmsub_ps(x, splat<VecF>(c), rounded) + math::SquareExp2::kShift;
-    const VecF power = _mm512_fmadd_ps(shifted_fraction, shifted_fraction, splat<VecF>(math::SquareExp2::kRest));
+    const VecF fraction = _mm512_fmsub_ps(x, splat<VecF>(c), rounded);
     const VecF step = _mm512_permutex2var_ps(low, (__m512i)shifted, high);  // by the five lowest bits
-    return _mm512_scalef_ps(step * power, rounded);                         // (FlushSubnormals is on)
+    if constexpr (precise) {                                                // step (1 + growth), rounded once
+      const VecF growth = fraction * math::polynomial<math::GrowthExp2Series>(fraction);
+      return _mm512_scalef_ps(_mm512_fmadd_ps(step, growth, step), rounded);
+    } else {
+      const VecF shifted_fraction = fraction + math::SquareExp2::kShift;
+      const VecF power = _mm512_fmadd_ps(shifted_fraction, shifted_fraction, splat<VecF>(math::SquareExp2::kRest));
+      return _mm512_scalef_ps(step * power, rounded);  // (FlushSubnormals is on)
+    }
   }
 #elif defined(KDFAST_AVX2)
+  static constexpr bool kHasPrecise = false;
   // 2^(i / 8), less i / 8 in the exponent's place: there 1/8 is added for every 1/8 of the exponent.
   static constexpr int32_t kPowers[8] = {0x3F800000, 0x3F7B95C2, 0x3F7837F0, 0x3F75FED7,
                                          0x3F7504F3, 0x3F75672A, 0x3F7744FD, 0x3F7AC0C7};
@@ -278,7 +295,7 @@ struct PowersFrom {
   static constexpr float kMostSquares = kMostPower;
   VecF powers, least, most;  // kPowers times 2^-origin; the x whose powers are 0 and 2^126
 
-  PowersFrom(float c, float from) : c(c), from(from) {
+  PowersOf(float c, float from) : c(c), from(from) {
     const float shift = from * c, bounded = shift > kMostOrigin ? kMostOrigin : shift > -kMostOrigin ? shift : -kMostOrigin;
     const float whole = (bounded + VecOf<float>::magic) - VecOf<float>::magic;
     origin = whole;
@@ -297,15 +314,17 @@ struct PowersFrom {
     return (VecF)_mm256_add_epi32(step, _mm256_slli_epi32(steps, 20)) * power;
   }
 #else
+  static constexpr bool kHasPrecise = false;
   static constexpr float kMostSquares = 0x1p+16f;  // of powers above 2^8 the exponent's rounding would show
 
-  PowersFrom(float c, float from) : c(c), from(from) { origin = kFused ? double(from * c) : double(from) * c; }
+  PowersOf(float c, float from) : c(c), from(from) { origin = kFused ? double(from * c) : double(from) * c; }
   KDFAST_INLINE VecF operator()(VecF x) const {
     const VecF y = kFused ? multiply_subtract(x, c, float(origin)) : (x - from) * c;
     return exp2_nonpositive(vmin(splat<VecF>(126), y));
   }
 #endif
 };
+using PowersFrom = PowersOf<false>;
 
 // Sixteen-bit formats: widened exactly, narrowed to nearest even. Written so that flushed subnormals (FlushSubnormals below) do
 // not touch a half's own subnormals.
