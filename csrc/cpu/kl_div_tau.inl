@@ -695,7 +695,11 @@ struct KlDivTau {
   template <class Weights>
   __attribute__((noinline)) static void plain_gradient(const PlainGradient<Weights>& gradient) {
     const PlainGradient<Weights> write(gradient);  // where no store can touch it
-    for_each_vector_of<V, Row::Order::kVectors>(write.grad_student, write.classes, write);
+    constexpr int vectors = Row::Order::kVectors;
+    if (write.grad_student.streamed)
+      for_each_vector_of<V, vectors>(write.grad_student, write.classes, write);
+    else  // the same from class 0 on, from where the compiler knows which vectors are even
+      for_each_vector<V, vectors>(0, write.classes, [&](int64_t i, auto lanes) { write(i, lanes, false); });
     write.grad_student.zero(write.classes);
   }
 
