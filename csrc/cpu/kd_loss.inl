@@ -231,7 +231,8 @@ struct HardPart {
       return multiply_add(e, factor, g);
     }
     // Puts numbers in the place of the target's w and v, of which the exponentials are made, that the formula for the others
-    // makes into the gradient there; minus_p and q are its factors of w and v. False where there are none.
+    // makes into the gradient there; minus_p and q are its factors of w and v. False where there are none. (A target that is no
+    // class has made the sums NaN: the row is not plain.)
     template <class Order>
     bool set_target(F* kept_w, F* kept_v, Order order, F minus_p, F q) const {
       if (!writes || degree == 0) return true;

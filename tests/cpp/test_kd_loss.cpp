@@ -95,6 +95,26 @@ void run(Matrix student, const Matrix& teacher, int64_t classes, const Form& for
   check_gradient(grad_teacher, expected_teacher, computed, name + " teacher's gradient, backward for both");
 }
 
+// A target that is no class makes its row NaN, and nothing is read or written elsewhere.
+void run_no_class(DType dtype, int64_t classes, double tau) {
+  const int64_t targets[] = {classes, -5, int64_t(1) << 44}, rows = 3;
+  Matrix student = random_logits(dtype, rows, classes, 1), teacher = random_logits(dtype, rows, classes, 2);
+  std::vector<double> hard(rows), soft(rows), whole(rows);
+  Matrix grad_student(dtype, rows, classes, 1);
+  auto args = args_for<kdfast::KdLossArgs>(student, teacher, classes);
+  args.tau = args.teacher_tau = tau;
+  args.target = {targets, kdfast::NumberType::i64};
+  args.row_loss = whole.data();
+  args.row_hard = hard.data();
+  args.row_soft = soft.data();
+  args.grad_student = grad_student.gradient();
+  kdfast::cpu::kd_loss_forward(args, 0, rows);
+  bool numbers = false;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < classes; ++k) numbers = numbers || !std::isnan(grad_student.get(r, k));
+  check_error(numbers ? 1 : 0, 0, "a gradient where the target is no class");
+}
+
 }  // namespace
 
 int main() {
@@ -119,5 +139,8 @@ int main() {
           run(student, teacher, classes, form, name);
         }
     }
+  for (const DType dtype : {DType::f32, DType::bf16})
+    for (const int64_t classes : {17, 100, 1003})
+      for (const double tau : {1., 3., 4.}) run_no_class(dtype, classes, tau);
   return report();
 }
