@@ -39,12 +39,13 @@ struct KlRow {
   Pointer<const S> student{}, teacher{};
   int64_t classes = 0;
   F stat[KlStat::count] = {};
-  F rest = 0;                                      // of the plain form
-  F teacher_size = 0;                              // its largest finite magnitude
-  F s0 = 0, s1 = 0, z = 0, excess = 0;             // the sums of w, w x, v and w phi(x)
-  F kl = 0, exp_of_shift = 0;                      // e^-shift, of a narrow row
-  F ww = 0, wv = 0, vv = 0;                        // the sums of the products, of a plain row
-  double exact_s0 = 0, exact_s1 = 0, exact_z = 0;  // its sums before they are rounded, which would show in its loss
+  F rest = 0;                                        // of the plain form
+  F teacher_size = 0;                                // its largest finite magnitude
+  F s0 = 0, s1 = 0, z = 0, excess = 0;               // the sums of w, w x, v and w phi(x)
+  F kl = 0, exp_of_shift = 0;                        // e^-shift, of a narrow row
+  F ww = 0;                                          // of a plain row: the sum of w^2
+  F leading_ww = 0, leading_wv = 0, leading_vv = 0;  // and of the products in its leading vectors (Place)
+  double exact_s0 = 0, exact_s1 = 0, exact_z = 0;    // its sums before they are rounded, which would show in its loss
   // Every |x| is at most kNarrow, no class masked, no w below 2^-kShortExp2Limit: then e^x comes from the series, and the
   // student's exponentials are not needed.
   bool narrow = false;
@@ -110,7 +111,7 @@ struct KlRow {
   // The variance of the classes' differences, in units of tau, that such a row has where the logits are ordinary: twice its
   // loss, and about the square of its gradient.
   F least_variance() const {
-    const F of_p = F(1.3) / __builtin_sqrtf(F(classes));
+    const F of_p = F(1.3) / __builtin_sqrtf(F(classes));  // a row of normal logits of deviation 0.7 tau: e^(0.7^2 / 2)
     const F of_loss = 2 * F((kBias + error_of_one() * of_p) / kBudget), of_gradient = F(kLeastGradient * kLeastGradient);
     return of_loss > of_gradient ? of_loss : of_gradient;
   }
@@ -141,7 +142,7 @@ struct KlRow {
                                         Body body) {
     if constexpr (kByPairs<V, S>) {
       const Pair<V> s = load_pair(student + i, lanes), t = load_pair(teacher + i, lanes);
-      body(order.place(i, lanes), s.even, t.even);
+      body(order.template place<true>(i, lanes), s.even, t.even);
       body(order.place(i + 1, Order::after(lanes)), s.odd, t.odd);
     } else {
       body(order.place(i, lanes), load<V>(student + i, lanes, 0), load<V>(teacher + i, lanes, 0));
@@ -164,15 +165,19 @@ struct KlRow {
     const Gradient earlier(gradient_of_earlier);
     earlier.begin();
     Sum<V> sum_w, sum_wd, sum_v;
-    V sum_ww{}, sum_wv{}, sum_vv{};
+    V others_ww{}, leaders_ww{}, leaders_wv{}, leaders_vv{};
     const auto add = [&](const auto& place, V s, V t) __attribute__((always_inline)) {
       const V w = only(place.lanes, powers.teacher(t)), v = only(place.lanes, powers.student(s));
       sum_w += w;
       sum_wd += w * (s - t);
       sum_v += v;
-      sum_ww += w * w;
-      sum_wv += w * v;
-      sum_vv += v * v;
+      if constexpr (place.leads) {
+        leaders_ww += w * w;
+        leaders_wv += w * v;
+        leaders_vv += v * v;
+      } else {
+        others_ww += w * w;
+      }
       if (kept_w != nullptr) {
         store(kept_w + place.kept, w, Full{});
         store(kept_v + place.kept, v, Full{});
@@ -190,27 +195,33 @@ struct KlRow {
     earlier.finish();
     bool within_range = true;
     if constexpr (Hard::kStats > 0) within_range = hard.finish_plain_row(hard_sums, kept_v, kept_e, order);
-    exact_s0 = sum_w.exact();
-    exact_s1 = sum_wd.exact();
-    exact_z = within_range ? sum_v.exact() : inf;  // (no plain row)
+    const auto exact = sums(sum_w.carried, sum_wd.carried, sum_v.carried, VecD{});
+    exact_s0 = exact.a;
+    exact_s1 = exact.b;
+    exact_z = within_range ? exact.c : inf;  // (no plain row)
     s0 = F(exact_s0);
     z = F(exact_z);
-    ww = sum(sum_ww);
-    wv = sum(sum_wv);
-    vv = sum(sum_vv);
+    const auto products = sums(others_ww + leaders_ww, leaders_ww, leaders_wv, leaders_vv);
+    ww = products.a;
+    leading_ww = products.b;
+    leading_wv = products.c;
+    leading_vv = products.d;
   }
 
   // The loss of a plain row, or false: where its loss is not large beside the errors of its terms, or its gradient beside
   // those of the probabilities.
   bool finish_plain_row() {
-    if (!(s0 < kMostPower && z < kMostPower && ww < PowersFrom::kMostSquares && vv < PowersFrom::kMostSquares)) return false;
+    if (!(s0 < kMostPower && z < kMostPower && ww < PowersFrom::kMostSquares && leading_vv < PowersFrom::kMostSquares))
+      return false;
     const PlainPowers<> powers(*this);
     const double inv_s0 = 1 / exact_s0, inv_z = 1 / exact_z, inv_tau = ln_2_exactly * k.student_log2;
     const double mean_d = exact_s1 * inv_s0, mean = mean_d * inv_tau;
     const double log_ratio = math::log(exact_z * inv_s0) + ln_2_exactly * (powers.student.origin - powers.teacher.origin);
     const double loss = log_ratio - mean, of_p = ww * inv_s0 * inv_s0;  // sum p^2
     const double error = (kBias + error_of_one() * __builtin_sqrtf(F(of_p))) * (1 + (mean < 0 ? -mean : mean));
-    const double of_gradient = (vv * inv_z - 2 * wv * inv_s0) * inv_z + of_p;  // sum (q - p)^2
+    // sum (q - p)^2, of which the leading vectors have their share: at the worst it is half of this.
+    const double of_leaders = (leading_vv * inv_z - 2 * leading_wv * inv_s0) * inv_z + leading_ww * inv_s0 * inv_s0;
+    const double of_gradient = Order::kVectors * of_leaders;
     if (!(loss * kBudget > error && loss < kMostPower && of_gradient > kLeastGradient * kLeastGradient * of_p)) return false;
     kl = F(loss);
     return true;
@@ -750,8 +761,8 @@ struct KlDivTau {
     postponed.end = 0;
   }
 
-  // Rows of few classes go through each pass together: what a row waits for between two passes is then another row's work.
-  static constexpr int kTogether = 16, kTogetherClasses = 1024;
+  // Short rows go through each pass together: what a row waits for between two passes is then another row's work.
+  static constexpr int kTogether = 16, kTogetherBytes = 4 << 10;  // of the student's logits
   static constexpr int kKeptRows = Hard::kStats > 0 ? 3 : 2;
   // Rows longer than this (with their logits) do not keep w and v, which would drive the logits too far from the cache.
   // (128256 classes of float32 are below it, and 7 % faster for it where the second level's cache has 1 MiB.)
@@ -760,7 +771,7 @@ struct KlDivTau {
   // Writes the student's gradient too, where it is wanted; unless `keep`, the teacher's beside it.
   static void forward(const Args& args, int64_t begin, int64_t end, bool keep) {
     const KlTemperatures<F> temperatures(args);
-    const int64_t classes = args.classes, most = kTogetherClasses / classes;
+    const int64_t classes = args.classes, most = kTogetherBytes / (classes * bytes_each(args.student.dtype));
     const int64_t together = most < 1 ? 1 : most > kTogether ? kTogether : most;
     const bool for_teacher = args.grad_teacher.data != nullptr;
     // (Short rows have too few pairs to pay for its numbers. A plain row leaves no stats: the teacher's gradient and a gradient

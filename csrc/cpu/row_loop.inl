@@ -70,9 +70,10 @@ const GradientRow<S>& leading_row(GradientRow<S>& grad_student, GradientRow<S>& 
   return grad_student;
 }
 
-// The classes that a vector's lanes hold: `first` and every step-th after it.
-template <class Lanes, int step>
+// The classes that a vector's lanes hold: `first` and every step-th after it. Of the vectors that a step takes the first leads.
+template <class Lanes, int step, bool leading>
 struct Place {
+  static constexpr bool leads = leading;
   int64_t first, kept;  // kept: where a row of numbers to keep has those of `first` and the others
   Lanes lanes;
 
@@ -90,8 +91,12 @@ struct KeptOrder {
   // The same with the classes counted from another.
   KeptOrder from(int64_t first) const { return {at(first + 1), at(first)}; }
   KDFAST_INLINE int64_t count(int64_t classes) const { return by_pairs ? 2 * odd : classes; }  // zeros fill both halves
-  KDFAST_INLINE Place<Full, kVectors> place(int64_t i, Full) const { return {i, at(i), {}}; }
-  KDFAST_INLINE Place<First, kVectors> place(int64_t i, First left) const {
+  template <bool leading = !by_pairs>
+  KDFAST_INLINE Place<Full, kVectors, leading> place(int64_t i, Full) const {
+    return {i, at(i), {}};
+  }
+  template <bool leading = !by_pairs>
+  KDFAST_INLINE Place<First, kVectors, leading> place(int64_t i, First left) const {
     return {i, at(i), {by_pairs ? (left.n + 1) / 2 : left.n}};
   }
   static KDFAST_INLINE Full after(Full) { return {}; }

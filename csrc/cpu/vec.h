@@ -1,4 +1,4 @@
-// One page of SIMD: what the kernels need of a vector, for the instruction set of the unit that includes it. A unit (isa_*.cpp)
+// SIMD: what the kernels need of a vector, for the instruction set of the unit that includes it. A unit (isa_*.cpp)
 // first sets the compiler's target and defines KDFAST_ISA (a namespace, so that the linker keeps the units' code apart),
 // KDFAST_VECTOR_BYTES, and KDFAST_AVX2 or KDFAST_AVX512 where those intrinsics may be used. Everything else is GCC/Clang vector
 // extensions. No std:: function is called: an inline one could be kept from a unit that the machine cannot run.
@@ -150,6 +150,36 @@ struct Larger {
 template <class V>
 KDFAST_INLINE ScalarOf<V> sum(V v) {
   return reduce(v, Plus{});
+}
+// The sums of four vectors, in about a third of the steps that one after the other would take.
+template <class F>
+struct FourSums {
+  F a, b, c, d;
+};
+template <class V>
+KDFAST_INLINE FourSums<ScalarOf<V>> sums(V a, V b, V c, V d) {
+  if constexpr (kLanes<V> == 16) {
+    const V ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                 __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    const V cd = __builtin_shufflevector(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                 __builtin_shufflevector(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    V x = __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+          __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    x += __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    return {x[0], x[4], x[8], x[12]};
+  } else if constexpr (kLanes<V> == 8) {
+    const V ab =
+        __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    const V cd =
+        __builtin_shufflevector(c, d, 0, 1, 2, 3, 8, 9, 10, 11) + __builtin_shufflevector(c, d, 4, 5, 6, 7, 12, 13, 14, 15);
+    V x =
+        __builtin_shufflevector(ab, cd, 0, 1, 4, 5, 8, 9, 12, 13) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7, 10, 11, 14, 15);
+    x += __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6);
+    return {x[0], x[2], x[4], x[6]};
+  } else {
+    return {sum(a), sum(b), sum(c), sum(d)};
+  }
 }
 template <class V>
 KDFAST_INLINE ScalarOf<V> largest(V v) {
@@ -638,8 +668,8 @@ KDFAST_INLINE VecD widened(VecF v) {
     return __builtin_convertvector(__builtin_shufflevector(v, v, at, at + 1), VecD);
 }
 
-// A row's sum. A float holds the sum of one block of vectors at the most: over a long row of nearly equal terms each addition
-// to a running float would round the same way, a hundred times the error of a term in the end.
+// A row's sum. A float holds the sum of one block of vectors at the most, or one more: over a long row of nearly equal terms
+// each addition to a running float would round the same way, a hundred times the error of a term in the end.
 template <class V>
 struct Sum {
   static constexpr int64_t kBlock = 16 * kLanes<V>;
@@ -668,7 +698,7 @@ KDFAST_INLINE void for_each_vector(int64_t begin, int64_t end, Body body, Sums&.
   while (i + step <= end) {
     const int64_t stop = sizeof...(Sums) == 0 || end - i < Sum<V>::kBlock ? end : i + Sum<V>::kBlock;
     for (; i + step <= stop; i += step) body(i, Full{});
-    (sums.carry(), ...);
+    if (i + step <= end) (sums.carry(), ...);
   }
   if (i < end) body(i, First{int(end - i)});
   (sums.carry(), ...);
