@@ -317,7 +317,7 @@ def test_registers_and_local_memory() -> None:
     kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     assert len(kernels) > 10
     for name, registers, stack, local in kernels:
-        streams = "forward_kernel" in name and "5Plain" in name
+        streams = "forward_kernel" in name and "9Uncentred" in name
         assert int(registers) <= (96 if "joined" in name else 64 if streams else 128), (name, registers)
         assert int(local) == 0 and int(stack) == 0, (name, registers, stack, local)
 
@@ -379,9 +379,8 @@ def test_the_mean_of_kd_loss_counts_its_rows_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize("call", [call for call in _CALLS if call not in ("mean", "kl_div_tau at 4")])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_one_launch_reads_each_logit_once(tmp_path: Path, call: str, dtype: str) -> None:
-    cases = [(1000, 16), (1003, 16), (4096, 4), (32000, 1), (50257, 1), (128256, 1)]
-    if dtype == "bfloat16":
-        cases.append((151936, 1))  # sixteen slices, whose equal shares would begin within a sector
+    # 151936: sixteen slices, whose equal shares would begin within a sector in bfloat16, and near the longest row of float32
+    cases = [(1000, 16), (1003, 16), (4096, 4), (32000, 1), (50257, 1), (128256, 1), (151936, 1)]
     sides = ("", "s") if "kd_loss" in _CALLS[call] else ("", "s", "st")  # kd_loss recomputes where both have a gradient
     launches = _statistics(tmp_path, call, dtype, cases, sides)
     assert len(launches) == len(sides) * len(cases)  # the loss; with the student's gradient; with both

@@ -157,8 +157,7 @@ __global__ void __launch_bounds__(kJoinedThreads, 5)
   }
 }
 
-// ---- on the host
-// ---------------------------------------------------------------------------------------------------------------
+// ---- on the host ----------------------------------------------------------------------------------------------------
 
 // Whether the rows of a tensor follow each other without a gap, at a start that its vectors have too.
 inline bool in_one_run(const void* data, const RowLayout& layout, int64_t rows, int64_t classes) {
@@ -195,7 +194,7 @@ inline Workspace workspace_of_joined(const Plan& plan, void* base) {
 
 // The workspace of a forward or a backward pass around 0.
 template <class L>
-size_t workspace_of_plain(const typename L::Args& args) {
+size_t workspace_of_uncentred(const typename L::Args& args) {
   const size_t by_rows = workspace_bytes<L>(args, 0);
   if (!joins_rows(args)) return by_rows;
   JoinedRows joined;
@@ -207,11 +206,11 @@ size_t workspace_of_plain(const typename L::Args& args) {
 #define KDFAST_JOINED_GRADIENT(H) (joined_kernel<Element, H, true>)
 #define KDFAST_JOINED_GRADIENTS(H) (joined_kernel<Element, H, true, true>)
 
-// run_forward of Plain<Element>.
+// run_forward of Uncentred<Element>.
 template <class Element>
-void run_plain_forward(const typename Element::Args& args, const Call& call, const char* name,
-                       void (*passes_kernel)(typename Element::Args, Task)) {
-  if (!joins_rows(args)) return run_forward<Plain<Element>>(args, call, 0, name, passes_kernel);
+void run_uncentred_forward(const typename Element::Args& args, const Call& call, const char* name,
+                           void (*passes_kernel)(typename Element::Args, Task)) {
+  if (!joins_rows(args)) return run_forward<Uncentred<Element>>(args, call, 0, name, passes_kernel);
   JoinedRows joined;
   const Plan plan = plan_of_joined(args, joined);
   const cudaStream_t stream = static_cast<cudaStream_t>(call.stream);

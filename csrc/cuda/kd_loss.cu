@@ -83,7 +83,8 @@ __device__ __forceinline__ void store_losses(const KdLossArgs& args, int64_t row
 template <class Soft>
 struct KdLoss {
   using Args = KdLossArgs;
-  static constexpr int kHeld = Soft::kHeld, kHeldForward = Soft::kHeldForward, kShared = Soft::kShared, kBlocks = Soft::kBlocks;
+  static constexpr int kHeld = Soft::kHeld, kHeldFloat = Soft::kHeldFloat, kHeldForward = Soft::kHeldForward,
+                       kShared = Soft::kShared, kBlocks = Soft::kBlocks;
   static constexpr bool kForTeacher = false;
   static constexpr int kSoftStats = Soft::kStats, kStats = kSoftStats + HardStat::count;
 

@@ -55,12 +55,12 @@ constexpr float kLog2E = 1.44269504f, kSmallest = 1.17549435e-38f;
 
 // phi(u), u = kUnit y, is kUnit y^2 times the polynomial `of` y, for |y| < 2: in units in which one bit of y tells whether it
 // holds.
-struct PhiSeries {  // 4.6e-7 relative
+struct ScaledPhiSeries {  // 4.6e-7 relative
   static constexpr float kUnit = 0.625f;
   static constexpr float of[] = {0.31250003f,    0.065104604f,   0.010172385f,     0.0012706724f,
                                  0.00013251218f, 0.00001227829f, 0.00000093314992f};
 };
-struct WidePhiSeries {  // 1.3e-7 relative
+struct WideScaledPhiSeries {  // 1.3e-7 relative
   static constexpr float kUnit = 0.75f;
   static constexpr float of[] = {0.37499997f,    0.093750052f,    0.017578445f,     0.0026366352f,
                                  0.00032917823f, 0.000035338449f, 0.0000034775408f, 0.0000002795708f};
@@ -114,7 +114,7 @@ extern __shared__ uint4 of_threads[];
 
 struct KlDivTau {
   using Args = KlDivTauArgs;
-  static constexpr int kHeld = 4, kHeldForward = 8, kShared = (2 * kHeld + 1) * sizeof(uint4), kBlocks = 1,
+  static constexpr int kHeld = 4, kHeldFloat = 5, kHeldForward = 8, kShared = (2 * kHeld + 1) * sizeof(uint4), kBlocks = 1,
                        kStats = KlStat::count;
   static constexpr bool kForTeacher = true;
 
@@ -230,7 +230,8 @@ struct KlDivTau {
 
   template <class H, bool wants_gradient, bool for_teacher>
   struct Held {
-    static constexpr int kVectors = wants_gradient ? kHeld : kHeldForward, kKept = wants_gradient ? kHeld : 0;
+    static constexpr int kKept = !wants_gradient ? 0 : H::packed ? kHeld : kHeldFloat;
+    static constexpr int kVectors = wants_gradient ? kKept : kHeldForward;
 
     H s[kVectors];
     Exponential<H::packed> weight;
@@ -239,8 +240,8 @@ struct KlDivTau {
     // the teacher, in sum_plain.
     static constexpr bool kShares = wants_gradient && H::packed;
     unsigned shared_student;
-    // For the gradient: w, in units of w_unit; and h, which is x first and then w (exp(x - mean) - 1) / PhiSeries::kUnit, if
-    // that `is_stable`. v, in the slice's units, is v_rest times w exp(x - mean) then, and v_rest times what student_weight
+    // For the gradient: w, in units of w_unit; and h, which is x first and then w (exp(x - mean) - 1) / ScaledPhiSeries::kUnit,
+    // if that `is_stable`. v, in the slice's units, is v_rest times w exp(x - mean) then, and v_rest times what student_weight
     // gives otherwise. For both gradients h stays x.
     float w[kKept + 1][H::width], h[kKept + 1][H::width];
     struct End {
@@ -331,7 +332,7 @@ struct KlDivTau {
       weight = Exponential<H::packed>(p.teacher_log2, partial.t_max);
       float size[1] = {0};
       if constexpr (!H::packed) {
-        size[0] = fmaxf(finite_magnitude(slice, s), finite_magnitude(slice, t));
+        size[0] = finite_magnitude(p, slice);
         cuda::reduce<Max>(team, size, shared.size);
       }
       if (partial.s_j == -INFINITY)
@@ -473,7 +474,7 @@ struct KlDivTau {
     // alone masks, nor where the student's largest logit is so far from class j that the sum overflows.
     __device__ __forceinline__ bool sum_at_once(const Parameters& p, const Team& team, const Slice& slice, Partial& partial,
                                                 Shared& shared) {
-      using Series = WidePhiSeries;
+      using Series = WideScaledPhiSeries;
       constexpr float unit = Series::kUnit;
       const float scale = in_units<Series>(p.inv_tau), rest_log2 = (partial.s_max - partial.s_j) * p.student_log2;
       const Exponential<H::packed> student_weight(p.student_log2, partial.s_max);
@@ -505,7 +506,7 @@ struct KlDivTau {
     // Z.
     __device__ __forceinline__ void sum_around_mean(const Parameters& p, const Team& team, const Slice& slice, Partial& partial,
                                                     Shared& shared) {
-      constexpr float unit = PhiSeries::kUnit;
+      constexpr float unit = ScaledPhiSeries::kUnit;
       float sums[2];
       H::packed&& p.exact ? sum<H::packed>(slice, t, partial.x, sums) : sum<false>(slice, t, partial.x, sums);
       cuda::reduce<Sum>(team, sums, shared.sums);
@@ -524,8 +525,8 @@ struct KlDivTau {
         const float v_scale = exp2_approx(rest_log2 + log2_of_units(student_weight, partial)) / unit;
         const auto again = [&] { return wants_gradient ? student_exponential(p) : student_weight; };
         if constexpr (!wants_gradient) shared.least[threadIdx.x] = 0;
-        last[0] = add_up<PhiSeries, false, false>(again, slice, t, partial.x, in_units<PhiSeries>(p.inv_tau),
-                                                  partial.mean / unit, v_scale, &shared.least[threadIdx.x])
+        last[0] = add_up<ScaledPhiSeries, false, false>(again, slice, t, partial.x, in_units<ScaledPhiSeries>(p.inv_tau),
+                                                        partial.mean / unit, v_scale, &shared.least[threadIdx.x])
                       .excess;
         if constexpr (!wants_gradient) shared.least[threadIdx.x] *= unit;
       } else {
@@ -688,7 +689,7 @@ struct KlDivTau {
           if constexpr (for_teacher)
             far = far || fmaf(h[v][i], p.inv_tau, offset) < -kFar;
           else
-            far = far || fmaf(h[v][i], PhiSeries::kUnit, w[v][i]) < w[v][i] * least;
+            far = far || fmaf(h[v][i], ScaledPhiSeries::kUnit, w[v][i]) < w[v][i] * least;
         }
       }
       return far;
@@ -717,7 +718,7 @@ struct KlDivTau {
     template <class Mix = Nothing>
     __device__ __forceinline__ void write_gradient(const Parameters& p, const RowSpan& span, const Slice& slice, const Row& row,
                                                    const GradientRow& gradient, float factor, Mix mix = {}) const {
-      constexpr float unit = PhiSeries::kUnit;
+      constexpr float unit = ScaledPhiSeries::kUnit;
       factor *= p.student_scale;
       const End end = this->end();
       const float p_factor = factor * row.w_share * end.w_unit * row.stat[KlStat::inv_s0], shift = row.apart + row.kl;
@@ -806,13 +807,15 @@ struct KlDivTau {
       asm volatile("" : "+f"(inv_tau));
       return inv_tau / Series::kUnit;
     }
-    static __device__ __forceinline__ float finite_magnitude(const Slice& slice, const H (&logits)[kVectors]) {
+    // The largest finite one, among the classes that have mass: a large number in the place of -inf does not count.
+    __device__ __forceinline__ float finite_magnitude(const Parameters& p, const Slice& slice) const {
       float size = 0;
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         if (v >= slice.count) break;
 #pragma unroll
-        for (int i = 0; i < H::width; ++i) size = finite_larger(size, logits[v][i]);
+        for (int i = 0; i < H::width; ++i)
+          if ((t[v][i] - t_max) * p.teacher_log2 > -126) size = finite_larger(finite_larger(size, s[v][i]), t[v][i]);
       }
       return size;
     }
@@ -1087,11 +1090,10 @@ struct KlDivTau {
   };
 };
 
-// ---- float64: one block a row, which is read from memory once for each pass
-// ----------------------------------------------------
+// ---- float64: one block a row, which is read from memory once for each pass -----------------------------------------
 
 struct WideShared {
-  double largest[kMostWarps][3], s_at[kMostWarps][1], sums[kMostWarps][3], excesses[kMostWarps][1], growth[kMostWarps][1];
+  double largest[kMostWarps][2], found[kMostWarps][2], sums[kMostWarps][3], excesses[kMostWarps][1], growth[kMostWarps][1];
 };
 
 struct WideKlRow {
@@ -1127,22 +1129,25 @@ struct WideKlRow {
 
   // The statistics; returns the KL.
   __device__ __forceinline__ double reduce(const Team& team, WideShared& shared) {
-    double top[3] = {-INFINITY, -INFINITY, 0};
+    double top[2] = {-INFINITY, -INFINITY};
     for (int64_t k = team.lane; k < args.classes; k += team.size) {
       top[0] = Max()(t(k), top[0]);
       top[1] = Max()(s(k), top[1]);
-      top[2] = finite_larger(finite_larger(top[2], s(k)), t(k));
     }
     cuda::reduce<Max>(team, top, shared.largest);
-    double s_j[1] = {-INFINITY};
-    for (int64_t k = team.lane; k < args.classes; k += team.size)
-      if (t(k) == top[0]) s_j[0] = Max()(s(k), s_j[0]);
-    cuda::reduce<Max>(team, s_j, shared.s_at);
+    // The student's logit at class j; and the largest finite magnitude among the classes that have mass: a large number in the
+    // place of -inf does not count.
+    double found[2] = {-INFINITY, 0}, &s_j = found[0], &size = found[1];
+    for (int64_t k = team.lane; k < args.classes; k += team.size) {
+      if (t(k) == top[0]) s_j = Max()(s(k), s_j);
+      if ((t(k) - top[0]) * inv_teacher_tau > -708) size = finite_larger(finite_larger(size, s(k)), t(k));
+    }
+    cuda::reduce<Max>(team, found, shared.found);
     const double t_j = top[0] == -INFINITY ? 0 : top[0];
-    if (s_j[0] == -INFINITY) s_j[0] = ratio * t_j;
+    if (s_j == -INFINITY) s_j = ratio * t_j;
     stat[KlStat::t_max] = t_j;
     stat[KlStat::s_max] = top[1] == -INFINITY ? 0 : top[1];
-    const auto origin = math::origin(equal, s_j[0], t_j, equal ? math::row_offset(s_j[0] - t_j, top[2]) : 0);
+    const auto origin = math::origin(equal, s_j, t_j, equal ? math::row_offset(s_j - t_j, size) : 0);
     stat[KlStat::s_offset] = origin.s_offset;
     stat[KlStat::t_offset] = origin.t_offset;
     stat[KlStat::centre] = origin.centre;
@@ -1155,7 +1160,7 @@ struct WideKlRow {
       sum[2] += v(sk);
     }
     cuda::reduce<Sum>(team, sum, shared.sums);
-    const double inv_s0 = 1 / sum[0], mean = sum[1] * inv_s0, rest = (stat[KlStat::s_max] - s_j[0]) * inv_tau;
+    const double inv_s0 = 1 / sum[0], mean = sum[1] * inv_s0, rest = (stat[KlStat::s_max] - s_j) * inv_tau;
     const double z = sum[2] == 0 ? 0x1p-1022 : sum[2], log_ratio = math::log(z * inv_s0) + rest;
     double kl = log_ratio - mean;
     stat[KlStat::mean] = mean;

@@ -131,9 +131,9 @@ struct LogitDifference {
 
 // Around 0: a vector is done with as soon as it is read, so that a thread may take many.
 template <class Element>
-struct Plain : LogitDifference<Element> {
+struct Uncentred : LogitDifference<Element> {
   using typename LogitDifference<Element>::Parameters;
-  static constexpr int kHeld = 32, kHeldForward = kHeld, kShared = 0, kBlocks = 2;
+  static constexpr int kHeld = 32, kHeldFloat = kHeld, kHeldForward = kHeld, kShared = 0, kBlocks = 2;
 
   struct Shared {
     float total[kMostWarps][1];
@@ -237,7 +237,7 @@ struct Plain : LogitDifference<Element> {
 
 // Around the mean: the row is held until that is known.
 struct Centred : LogitDifference<Square<float>> {
-  static constexpr int kHeld = 4, kHeldForward = kHeld, kShared = 0, kBlocks = 1;
+  static constexpr int kHeld = 4, kHeldFloat = 5, kHeldForward = 5, kShared = 0, kBlocks = 1;
 
   struct Shared {
     float size[kMostWarps][2], sums[2][kMostWarps][2], total[kMostWarps][1];
@@ -245,7 +245,7 @@ struct Centred : LogitDifference<Square<float>> {
 
   template <class H, bool wants_gradient, bool for_teacher>
   struct Held {
-    static constexpr int kVectors = kHeld;
+    static constexpr int kVectors = !wants_gradient ? kHeldForward : H::packed ? kHeld : kHeldFloat;
     H s[kVectors], t[kVectors];
 
     template <class GradientOf, class FactorOf, class Beside = Nothing>
@@ -365,13 +365,14 @@ struct Centred : LogitDifference<Square<float>> {
   }
 };
 
-// ---- one block a row, which is read from memory once for each pass: simple, not fast. For float64; and for the sums around
-// the mean of what has no rule to move them to another mean, so that slices of a row cannot be merged.
-// -----------------------------------------------------------------------
+// ---- one block a row, which is read from memory once for each pass --------------------------------------------------
+//
+// Simple, not fast. For float64; and for the sums around the mean of what has no rule to move them to another mean, so that
+// slices of a row cannot be merged.
 
 template <class Element>
 struct ByPasses : LogitDifference<Element> {
-  static constexpr int kHeld = 0, kHeldForward = 0;
+  static constexpr int kHeld = 0, kHeldFloat = 0, kHeldForward = 0;
 };
 
 template <template <class> class ElementOf, class F>

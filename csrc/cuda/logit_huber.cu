@@ -67,21 +67,21 @@ void forward(const LogitHuberArgs& args, const Call& call) {
   const auto kernel = is_wide(args.student.dtype, args.teacher.dtype) ? passes_forward_kernel<ElementOf, double>
                                                                       : passes_forward_kernel<ElementOf, float>;
   args.center ? run_forward<ByPasses<ElementOf<float>>>(args, call, HuberStat::count, "logit_huber", kernel)
-              : run_plain_forward<ElementOf<float>>(args, call, "logit_huber", kernel);
+              : run_uncentred_forward<ElementOf<float>>(args, call, "logit_huber", kernel);
 }
 template <template <class> class ElementOf>
 void backward(const LogitHuberArgs& args, const Call& call) {
   const auto kernel = is_wide(args.student.dtype, args.teacher.dtype) ? passes_backward_kernel<ElementOf, double>
                                                                       : passes_backward_kernel<ElementOf, float>;
   args.center ? run_backward<ByPasses<ElementOf<float>>>(args, call, HuberStat::count, "logit_huber", kernel)
-              : run_backward<Plain<ElementOf<float>>>(args, call, 0, "logit_huber", kernel);
+              : run_backward<Uncentred<ElementOf<float>>>(args, call, 0, "logit_huber", kernel);
 }
 
 }  // namespace
 
 size_t workspace_bytes(const LogitHuberArgs& args) {
   return args.center ? workspace_bytes<ByPasses<Pseudo<float>>>(args, HuberStat::count)
-                     : workspace_of_plain<Plain<Pseudo<float>>>(args);
+                     : workspace_of_uncentred<Uncentred<Pseudo<float>>>(args);
 }
 
 void logit_huber_forward(const LogitHuberArgs& args, const Call& call) {

@@ -39,29 +39,29 @@ Device& current_device() {
     int major = 0, has = 0;
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "cudaDeviceGetAttribute");
     cudaDeviceGetAttribute(&has, cudaDevAttrClusterLaunch, index);
-    // Sixteen blocks are beyond what every such device takes: the data-center chips do.
-    device.most_cluster = !has || major < 9 ? 1 : major == 9 || major == 10 ? 16 : 8;
+    // Not every such device takes clusters of sixteen blocks; the data-center chips do.
+    device.most_cluster = !has || major < 9 ? 1 : major == 9 || major == 10 ? kMostCluster : 8;
   });
   return device;
 }
 
 }  // namespace
 
-// ---- which class serves which row
-// ----------------------------------------------------------------------------------------------
+// ---- which class serves which row -----------------------------------------------------------------------------------
 //
-// A thread holds c = 32 logits of a pair of one 16-bit format, 16 of another pair: w, x and the student's logits take 80, or
-// 48, of the 128 registers that 512 threads leave to each. (The KL without a gradient holds the logits alone, and c is 64, or
-// 32; the squares around 0 hold nothing: c is 256, or 128.) The bounds in parentheses are for c = 32 and 16.
+// A thread holds c = 32 logits of a pair of one 16-bit format, 20 of another pair: w, v and the logits take 80 of the 128
+// registers that 512 threads leave to each (packed logits lie in shared memory meanwhile). (The KL without a gradient holds the
+// logits alone, and c is 64, or 32; the squares around the mean too, c is 40, or 20; those around 0 hold nothing: 256, or 128.)
+// The bounds in parentheses are for c = 32 and 20.
 //
 //   row                                     team                    why
-//   <= 32 c   (1024, 512 logits)            1 .. 32 lanes           no barrier; as few lanes as hold it, for short reductions
-//   <= 256 c  (8192, 4096)                  a block                 two or more fit a multiprocessor: one loads, one computes
+//   <= 32 c   (1024, 640 logits)            1 .. 32 lanes           no barrier; as few lanes as hold it, for short reductions
+//   <= 256 c  (8192, 5120)                  a block                 two or more fit a multiprocessor: one loads, one computes
 //   clusters (compute capability 9.0 on):
-//   <= 2, 4, 8, 16 x 256 c (131072, 65536)  that many blocks        the row stays on chip; 16 on data-center chips
-//   <= 16 x 512 c (262144, 131072)          16 of the largest       the same
+//   <= 2, 4, 8, 16 x 256 c (131072, 81920)  that many blocks        the row stays on chip; 16 on data-center chips
+//   <= 16 x 512 c (262144, 163840)          16 of the largest       the same
 //   no cluster, or a longer row:
-//   <= 512 c  (16384, 8192)                 the largest block       alone on its multiprocessor, but the row is read once
+//   <= 512 c  (16384, 10240)                the largest block       alone on its multiprocessor, but the row is read once
 //   else                                    blocks of 256 c         each reduces a slice, a second kernel merges, a third
 //                                                                   reads again
 //   float64 on either side                  a block of 256          reads the row for each pass; simple, not fast
@@ -173,8 +173,7 @@ void launch(const void* kernel, const Plan& plan, cudaStream_t stream, void** ar
                            "): " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-// ---- small kernels
-// -------------------------------------------------------------------------------------------------------------
+// ---- small kernels --------------------------------------------------------------------------------------------------
 
 namespace {
 

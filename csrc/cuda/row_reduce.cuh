@@ -14,8 +14,7 @@
 
 namespace kdfast::cuda {
 
-// ---- plans: which threads work on a row
-// ----------------------------------------------------------------------------------------
+// ---- plans: which threads work on a row -----------------------------------------------------------------------------
 
 constexpr int kMostThreads = 512;  // of a block: 128 registers each
 constexpr int kMostWarps = kMostThreads / 32;
@@ -87,8 +86,7 @@ void sum_nothing(const Task& task, bool wide, cudaStream_t stream);
 void launch(const void* kernel, const Plan& plan, cudaStream_t stream, void** arguments, const char* what, int64_t rows,
             int64_t classes);
 
-// ---- teams
-// ---------------------------------------------------------------------------------------------------------------------
+// ---- teams ----------------------------------------------------------------------------------------------------------
 
 struct Team {
   int size;       // threads
@@ -215,8 +213,7 @@ struct Fixed {
   }
 };
 
-// ---- vectors
-// -------------------------------------------------------------------------------------------------------------------
+// ---- vectors --------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float widen_bf16(uint32_t bits) { return __uint_as_float(bits << 16); }
 __device__ __forceinline__ float widen_f16(uint16_t bits) {
@@ -543,8 +540,7 @@ inline __device__ void zero_wide(const Team& team, const Gradient& gradient, int
     store_one(gradient.data, gradient.dtype, gradient.rows.offset(row) + k, 0.0);
 }
 
-// ---- slices
-// --------------------------------------------------------------------------------------------------------------------
+// ---- slices ---------------------------------------------------------------------------------------------------------
 
 // The vectors of this thread: first, first + stride, ... , `count` of them.
 struct Slice {
@@ -646,8 +642,7 @@ struct Nothing {
   __device__ __forceinline__ void operator()(const Given&...) const {}
 };
 
-// ---- the blocks of a cluster
-// ---------------------------------------------------------------------------------------------------
+// ---- the blocks of a cluster ----------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
@@ -686,8 +681,7 @@ struct OfCluster {
   }
 };
 
-// ---- kernels
-// -------------------------------------------------------------------------------------------------------------------
+// ---- kernels --------------------------------------------------------------------------------------------------------
 
 // What a kernel is told beside the loss's own parameters.
 struct Task {
@@ -752,10 +746,10 @@ __device__ __forceinline__ void finish(const Task& task, const KdLossArgs& args)
   }
 }
 
-// A loss L has: kHeld, the vectors of a row that a thread takes, and kHeldForward, the same where no gradient is wanted;
-// kShared, the bytes of shared memory that a thread's packed vectors take there, where a gradient is wanted; kBlocks, of the
-// largest size, that a multiprocessor is to hold; kStats; Parameters, with `args` in it; Partial, the numbers of a slice, and
-// Row, those of a row, all floats;
+// A loss L has: kHeld, the packed vectors of a row that a thread takes, kHeldFloat, the others, and kHeldForward, either where
+// no gradient is wanted (not fewer); kShared, the bytes of shared memory that a thread's packed vectors take there, where a
+// gradient is wanted; kBlocks, of the largest size, that a multiprocessor is to hold; kStats; Parameters, with `args` in it;
+// Partial, the numbers of a slice, and Row, those of a row, all floats;
 //   Held<H, wants_gradient, for_teacher>  a slice in registers: reduce() makes its Partial, write_gradient() needs the Row;
 //                                with for_teacher, write_gradients() the same for both tensors
 //   kForTeacher                whether there is such a one with for_teacher
@@ -1091,8 +1085,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   write_gradients<H>(parameters, span, slice, at, backward, grad_student, grad_teacher);
 }
 
-// ---- on the host: the launches of a call
-// ---------------------------------------------------------------------------------------
+// ---- on the host: the launches of a call ----------------------------------------------------------------------------
 
 inline bool is_wide(DType student, DType teacher) { return student == DType::f64 || teacher == DType::f64; }
 // Whether a row is read once for each pass, by a block, and not held.
@@ -1119,7 +1112,8 @@ using PassesArgs = typename PassesArgsOf<L>::type;
 // The vectors of a row that a thread takes at most.
 template <class L>
 int most_held(const typename L::Args& args) {
-  return args.grad_student.data || args.grad_teacher.data ? L::kHeld : L::kHeldForward;
+  if (!args.grad_student.data && !args.grad_teacher.data) return L::kHeldForward;
+  return vector_width(args.student.dtype, args.teacher.dtype) == HeldBF16::width ? L::kHeld : L::kHeldFloat;
 }
 
 template <class L>
