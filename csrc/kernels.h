@@ -188,8 +188,8 @@ void kd_loss_backward(const KdLossArgs& args, int64_t begin, int64_t end);
 // out[i] = in[i] * factor for i in [begin, end); out and in may be the same.
 void scale_gradient(void* out, const void* in, DType dtype, double factor, int64_t begin, int64_t end);
 
-// The instruction set in use: "baseline", "avx2" or "avx512". Chosen at the first call: the widest one this machine has, or the
-// one that the environment variable KDFAST_CPU_ISA names (std::invalid_argument where it cannot be had).
+// The instruction set in use: "baseline", "avx2" or "avx512". Chosen when first asked for: the widest one this machine has, or
+// the one that the environment variable KDFAST_CPU_ISA names (std::invalid_argument where it cannot be had).
 const char* isa_name();
 bool isa_available(const char* name);
 

@@ -206,9 +206,11 @@ def _phi(x: Tensor) -> Tensor:
 
 def _kl(s: Tensor, t: Tensor, tau: float, teacher_tau: float) -> Tensor:
     """KL of each row, without the factor tau**2."""
-    log_p, log_q = torch.log_softmax(_below_zero(t) / teacher_tau, -1), torch.log_softmax(_below_zero(s) / tau, -1)
-    p = log_p.exp()
     off_s, off_t = s == -math.inf, t == -math.inf
+    nowhere = off_s.all(-1, keepdim=True)
+    log_p = torch.log_softmax(_below_zero(t) / teacher_tau, -1)
+    log_q = torch.log_softmax(_below_zero(torch.where(nowhere, 0, s)) / tau, -1)
+    p, log_q = log_p.exp(), torch.where(nowhere, -math.inf, log_q)
     # A mass that underflowed is still one where the student has none.
     p = torch.where(~off_t & off_s & (p == 0), torch.finfo(p.dtype).tiny, p)
     massless = p == 0

@@ -196,6 +196,31 @@ def test_a_constant_and_nearly_equal_logits(kernel: Where, shift: float) -> None
         check(kernel, "kl_div_tau", s + shift, t, tau=tau, grads="st", truth=truth, allow=allow)
 
 
+@pytest.mark.parametrize("number", [-1e4, -1e9, torch.finfo(F32).min])
+@pytest.mark.parametrize("shift", [10.0, 100.0])
+def test_a_constant_beside_classes_masked_by_a_number(kernel: Where, shift: float, number: float) -> None:
+    """Classes masked by a large number instead of -inf have no mass: their size must not hide the constant, which would cost the
+    digits of nearly equal logits."""
+    s, t = logits("typical", (32, 100))
+    s = t + 0.1 * (s - t) + shift
+    s[:, ::10] = t[:, ::10] = number
+    for tau in (0.3, 1.0, 4.0):
+        for grads in ("s", "st"):
+            check(kernel, "kl_div_tau", s, t, tau=tau, grads=grads)
+
+
+@pytest.mark.parametrize("far", [1e20, 1e30, 1e37])
+def test_a_class_far_off_around_the_mean(kernel: Where, far: float) -> None:
+    """A difference whose square no float32 holds: it is not infinite, and enters the mean."""
+    s, t = logits("typical", (6, 64))
+    s[:, 3] = far
+    for kind in ("pseudo", "smooth_l1"):
+        check(kernel, "logit_huber", s, t, kind=kind, center=True, grads="st", reduction="sum")
+    s, t = torch.tensor([[far]]), torch.zeros(1, 1)
+    assert kernel.run("logit_mse", s, t, center=True).loss == 0
+    assert kernel.run("kl_div_tau", s, t, tau=INF).loss == 0
+
+
 @pytest.mark.parametrize("loss", ["kl_div_tau", "logit_mse", "logit_huber"])
 def test_student_equal_to_teacher_is_exactly_zero(where: Where, loss: str) -> None:
     """The converged student: loss and gradients are zero, not rounding noise (which a large tau**2 would blow up)."""

@@ -204,7 +204,7 @@ struct HardPart {
   }
   // What a plain row's gradient has of the hard part: minus_elsewhere, and the exponentials times `factor`.
   struct PlainGradient {
-    static constexpr F kMostInstead = F(0x1p+120);
+    static constexpr F kMostInstead = F(0x1p+120);  // what takes w's place is far from infinity
     V factor{}, minus_elsewhere{};
     F exponential_at_target = 0;  // what stands in its place
     int64_t target = 0;

@@ -40,7 +40,7 @@ struct KlRow {
   int64_t classes = 0;
   F stat[KlStat::count] = {};
   F rest = 0;                                        // of the plain form
-  F teacher_size = 0;                                // its largest finite magnitude
+  F teacher_size = 0;                                // its largest finite magnitude among the classes that have mass
   F s0 = 0, s1 = 0, z = 0, excess = 0;               // the sums of w, w x, v and w phi(x)
   F kl = 0, exp_of_shift = 0;                        // e^-shift, of a narrow row
   F ww = 0;                                          // of a plain row: the sum of w^2
@@ -243,10 +243,11 @@ struct KlRow {
       d_min = vmin(d, d_min);
     });
     const bool masked = any((d_min == -inf) | (t_min == -inf));
+    const F s_top = largest(s_max), t_j = largest(t_max), t_low = -largest(-t_min);
     // Of the teacher alone: where the student's is another, what the offset could round away is small beside the differences.
     V size = vmax(finite_magnitude(t_max), finite_magnitude(t_min));
-    infinite = masked && survey_masked(size);
-    const F s_top = largest(s_max), t_j = largest(t_max);
+    const bool masked_by_number = (t_low - t_j) * k.teacher_log2 < F(VecOf<F>::lowest) && t_low * t_low > 4 * t_j * t_j;
+    if (masked || masked_by_number) infinite = survey_masked(t_j, size);
     F s_j = largest(t_max == t_j ? s_at_t_max : splat<V>(-inf));
     if (s_j == -inf)
       s_j = k.ratio * t_j;  // the loss is infinite (the teacher has mass there): any finite reference will show it
@@ -273,13 +274,15 @@ struct KlRow {
     stat[KlStat::centre] = origin.centre;
   }
 
-  // A row with classes at -inf: the teacher's largest finite magnitude, and whether the student masks more than the teacher.
-  __attribute__((noinline)) bool survey_masked(V& size) const {
+  // A row with classes at -inf, or at large numbers in its place: the teacher's largest finite magnitude among the others, and
+  // whether the student masks more than the teacher.
+  __attribute__((noinline)) bool survey_masked(F t_j, V& size) const {
     V missing = splat<V>(-inf);
+    size = V{};
     for_each_vector<V>(0, classes, [&](int64_t i, auto lanes) {
       const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
       missing = vmax(s == -inf ? t : splat<V>(-inf), missing);
-      size = vmax(finite_magnitude(t), size);
+      size = vmax((t - t_j) * k.teacher_log2 < F(VecOf<F>::lowest) ? V{} : finite_magnitude(t), size);
     });
     return largest(missing) > -inf;
   }

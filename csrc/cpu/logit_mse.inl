@@ -51,7 +51,7 @@ struct LogitDifference {
         counted -= in;
         s_size = vmax(finite_magnitude(s), s_size);
         t_size = vmax(finite_magnitude(t), t_size);
-        farthest = vmax(in ? left_or_nan * left_or_nan : V{}, farthest);
+        farthest = vmax(in ? magnitude(left_or_nan) : V{}, farthest);
       };
       for_each_vector<V>(0, classes, add, total);
       count = 0;

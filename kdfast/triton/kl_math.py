@@ -171,10 +171,14 @@ def frame_of_tile(s, t, temps, READ: tl.constexpr):
     s_j, s_max = tl.max(tl.where(t == t_max[:, None], s, -float("inf")), 1), tl.max(s, 1)
     t_max, s_max = zero_if_masked(t_max), zero_if_masked(s_max)
     s_j = tl.where(s_j == -float("inf"), temps[0] * t_max, s_j)
+    w = weight(t, t_max[:, None], temps[3])
     if READ == "exact":
         s_offset, t_offset = tl.zeros_like(t_max), tl.zeros_like(t_max)
     elif READ == "shifted":
-        offset = row_offset(s_j - t_max, tl.maximum(largest_finite(s), largest_finite(t)))
+        # A large number in the place of -inf has no mass, and does not count.
+        offset = row_offset(
+            s_j - t_max, tl.maximum(largest_finite(tl.where(w > 0.0, s, 0.0)), largest_finite(tl.where(w > 0.0, t, 0.0)))
+        )
         on_student = tl.abs(s_j) >= tl.abs(t_max)
         s_offset, t_offset = tl.where(on_student, offset, 0.0), tl.where(on_student, 0.0, -offset)
     else:
@@ -182,7 +186,6 @@ def frame_of_tile(s, t, temps, READ: tl.constexpr):
     top = difference(s_j, t_max, s_offset, t_offset, temps, READ)
     # Around class j, and once more around the mean, both from the logits: a class that has all the mass keeps its exact zero, and a
     # class j far off the mean costs the others no digits.
-    w = weight(t, t_max[:, None], temps[3])
     d = tl.minimum(difference(s, t, s_offset[:, None], t_offset[:, None], temps, READ), MASKED) - top[:, None]
     s0, s1 = tl.sum(w, 1), tl.sum(w * d, 1)
     centre = top + tl.where(s0 == 0.0, 0.0, s1 / s0)
