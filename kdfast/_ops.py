@@ -103,11 +103,11 @@ def _define_triton(losses: tuple[Loss, ...]) -> list[torch.library.Library]:
     return [twins, stand_ins]  # an implementation lives as long as its library
 
 
-KL_DIV_TAU, LOGIT_MSE = _kl_div_tau("kdfast"), _logit_mse("kdfast")
-LOGIT_HUBER, KD_LOSS = _logit_huber("kdfast"), _kd_loss("kdfast")
-_libraries = _define_triton((KL_DIV_TAU, LOGIT_MSE, LOGIT_HUBER, KD_LOSS))
-_TRITON = {loss.name: loss for loss in (make("kdfast_triton") for make in (_kl_div_tau, _logit_mse, _logit_huber, _kd_loss))}
-LOSSES = (KL_DIV_TAU, LOGIT_MSE, LOGIT_HUBER, KD_LOSS, *_TRITON.values())
+_MAKERS = (_kl_div_tau, _logit_mse, _logit_huber, _kd_loss)
+_COMPILED = KL_DIV_TAU, LOGIT_MSE, LOGIT_HUBER, KD_LOSS = tuple(make("kdfast") for make in _MAKERS)
+_libraries = _define_triton(_COMPILED)
+_TRITON = {loss.name: loss for loss in (make("kdfast_triton") for make in _MAKERS)}
+LOSSES = (*_COMPILED, *_TRITON.values())
 
 
 def on_triton(loss: Loss) -> Loss:
@@ -202,6 +202,7 @@ def apply(
     if not (torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)):
         values: tuple[Tensor, ...] = loss.forward(student, teacher, *options, *given(target), *parameters, False)[:-1]
         return values
+    inplace = inplace and not torch.compiler.is_compiling()  # a compiled graph would overwrite what others need, unseen
     in_forward = 0 if inplace else _in_forward(student, teacher, options[3])
     call = (LOSSES.index(loss), options[2:], parameters, in_forward, inplace)
     result: tuple[Tensor, ...] = _Function.apply(student, teacher, options[0], options[1], target, call)
@@ -249,7 +250,9 @@ class _Function(torch.autograd.Function):
             return (None,) * 6
         index, numbers, parameters, in_forward, inplace = ctx.call
         loss = LOSSES[index]
-        saved = ctx.saved_tensors
+        saved, unsaved = ctx.saved_tensors, ctx.unsaved
+        if unsaved is not None and not _graph_is_kept():
+            ctx.unsaved = None
         inputs, kept = saved[:5], saved[5:]
         create_graph = torch.is_grad_enabled()
         for_student, for_teacher = ctx.needs_input_grad[:2]
@@ -257,8 +260,8 @@ class _Function(torch.autograd.Function):
             grad_student = _scaled(loss, kept[0], grad_loss) if for_student else None
             grad_teacher = _scaled(loss, kept[1], grad_loss) if for_teacher else None
             return grad_student, grad_teacher, None, None, None, None
-        if ctx.unsaved is not None:
-            inputs = [x if y is None else y for x, y in zip(inputs, ctx.unsaved, strict=True)]
+        if unsaved is not None:
+            inputs = [x if y is None else y for x, y in zip(inputs, unsaved, strict=True)]
         student, teacher, row_weight, denominator, target = inputs
         options = (row_weight, denominator, *numbers)
         parameters = (*given(target), *parameters)
@@ -267,7 +270,7 @@ class _Function(torch.autograd.Function):
             grad_student, grad_teacher = _reference_gradients(
                 loss, grad_loss, student, teacher, options, parameters, for_student, for_teacher
             )
-        elif inplace and for_student:
+        elif inplace and for_student and not _is_batched(grad_loss):
             grad_teacher = loss.backward_inplace(
                 _row_numbers(grad_loss), student, teacher, kept[0], *options, *parameters, for_teacher
             )
@@ -317,8 +320,8 @@ class _DirectFunction(torch.autograd.Function):
 
 
 def _made_in_inference_mode(*inputs: Tensor | None) -> Inputs | None:
-    """The inputs that autograd does not save, None for the others; None if it saves all. They can do without: torch lets nobody change
-    them in place, so there is nothing to check for when they are used again."""
+    """The inputs that autograd does not save, since they have no version counter, None for the others; None if it saves all. (Torch
+    lets nobody change them in place but under inference_mode; README.md, Limits.)"""
     for x in inputs:  # any() over a generator takes three times as long
         if x is not None and x.is_inference():
             return tuple(x if x is not None and x.is_inference() else None for x in inputs)
@@ -326,7 +329,8 @@ def _made_in_inference_mode(*inputs: Tensor | None) -> Inputs | None:
 
 
 def _scaled(loss: Loss, gradient: Tensor, grad_loss: Tensor) -> Tensor:
-    """gradient * grad_loss: in place where this backward is the saved gradient's last use, which leaves it alone where grad_loss is 1."""
+    """gradient * grad_loss: in place where this backward is the saved gradient's last use (nothing is written where grad_loss is 1),
+    else a new tensor."""
     if torch.compiler.is_compiling() or _graph_is_kept() or _is_batched(grad_loss):  # (is_grads_batched: many to one gradient)
         scaled: Tensor = loss.scale_gradient(gradient, grad_loss)
         return scaled

@@ -1,5 +1,6 @@
 """The losses. Each takes raw logits of shape (..., K), checks every argument before anything is computed, and chooses a backend."""
 
+import functools
 import math
 import numbers
 import os
@@ -52,9 +53,9 @@ def kl_div_tau(
 ) -> Tensor:
     r"""Softmax-KL divergence at temperature tau, the distillation loss of Hinton et al. (2015).
 
-    For each row: ``tau**2 * KL(softmax(teacher / tau) || softmax(student / tau))``, accurate to a few units in the last place of
-    float32 at every tau, infinity included (Kim et al., IJCAI 2021: the loss tends to logit matching as tau grows, to label
-    matching as it shrinks).
+    For each row: ``tau**2 * KL(softmax(teacher / tau) || softmax(student / tau))``, within 5e-6 of the exact value, relative, and
+    its gradient within 2e-6, at every tau from 0.05 to 1e6 and at infinity; README.md lists the exceptions under "Limits". (Kim et
+    al., IJCAI 2021: the loss tends to logit matching as tau grows, to label matching as it shrinks.)
 
     Args:
         student_logits: (..., K), at least one leading dimension; float64, float32, bfloat16 or float16. Leading dimensions may be
@@ -67,13 +68,16 @@ def kl_div_tau(
         reduction: "none": one value a row, shape (...). "sum". "mean": over rows, weighted by row_weight where given.
             "batchmean": the sum divided by student_logits.size(0), as torch.nn.KLDivLoss defines it, whatever the weights.
             Of no rows at all, "sum" is 0 and both means are NaN, as torch's.
-        row_weight: (...), bool mask or floating weights. A row of weight 0 contributes nothing, whatever it holds, and gets a zero
-            gradient. All rows masked: the loss is 0.
+        row_weight: (...), bool mask or floating weights, of float32's normal range. A row of weight 0 contributes nothing, whatever
+            it holds, and gets a zero gradient. All rows masked: the loss is 0.
         denominator: a number from 1e-30 to 1e30, or a 0-d tensor on the logits' device, that replaces the divisor of a scalar reduction.
+            (Under torch.compile a tensor: it compiles anew for another number.)
         num_classes: use the first num_classes columns only (a padded vocabulary); the others get a zero gradient.
         inplace_backward: the backward pass overwrites student_logits with its gradient: no memory beyond O(rows). Taken for
-            non-leaf logits only, of a class dimension of stride 1, whose rows overlap neither each other nor the teacher's;
-            whoever else needs them gets autograd's error about an in-place change.
+            non-leaf logits only (or such as require no grad), of a class dimension of stride 1, whose rows overlap neither each
+            other nor the teacher's; whoever else needs them gets autograd's error about an in-place change. Pass the logits
+            themselves: a slice's own backward pass allocates a gradient of all of them. Without effect under torch.compile, which
+            knows no version counters.
         backend: "auto", "cpp" (C++ on the CPU, CUDA C++ on a GPU), "triton" or "reference" (plain torch). The environment variable
             KDFAST_BACKEND, read at import, replaces "auto".
 
@@ -532,9 +536,12 @@ MOST_INPLACE_DIMS = 6  # RowLayout::kMaxDims of csrc/kernels.h
 def _check_inplace(student: Tensor, teacher: Tensor, backend: str) -> None:
     if backend == "reference":
         raise ValueError("inplace_backward needs a kernel; got backend 'reference'")
-    if student.requires_grad and student.is_leaf:
+    if torch.compiler.is_compiling():  # nothing is overwritten then
+        return
+    leaf = student if student._base is None else student._base
+    if student.requires_grad and leaf.is_leaf and leaf.requires_grad:
         raise ValueError(
-            "inplace_backward would overwrite student_logits, a leaf that requires grad; it takes the output of a model"
+            "inplace_backward would overwrite student_logits, a leaf that requires grad or a view of one; it takes the output of a model"
         )
     if student.stride(-1) != 1:
         raise ValueError(
@@ -558,8 +565,6 @@ def _check_inplace(student: Tensor, teacher: Tensor, backend: str) -> None:
             f"inplace_backward takes student_logits of at most {MOST_INPLACE_DIMS} leading dimensions of independent strides; "
             f"got shape {tuple(student.shape)}, strides {student.stride()}"
         )
-    if torch.compiler.is_compiling():
-        return
     if student.is_neg():
         raise ValueError("inplace_backward takes no lazily negated student_logits; pass student_logits.resolve_neg()")
     if _share_memory(student, teacher):
@@ -569,14 +574,15 @@ def _check_inplace(student: Tensor, teacher: Tensor, backend: str) -> None:
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether the stretches from the first to the last element overlap in one storage. (A private name of torch: data_ptr() is
-    not there under transforms.)"""
-    if not (torch._C._is_alias_of(a, b) and a.numel() and b.numel()):  # type: ignore[attr-defined]
+    """Whether the stretches from the first to the last element overlap: in memory, or, of tensors without addresses (of
+    subclasses, or under transforms), in one storage."""
+    addressable = {type(a), type(b)} <= {Tensor, torch.nn.Parameter} and not _ops.transformed()
+    if not (a.numel() and b.numel() and (addressable or torch._C._is_alias_of(a, b))):  # type: ignore[attr-defined]
         return False
     (begin, end), (other, other_end) = (
         (first, first + x.element_size() * (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))))
         for x in (a, b)
-        for first in (x.storage_offset() * x.element_size(),)
+        for first in (x.data_ptr() if addressable else x.storage_offset() * x.element_size(),)
     )
     return bool(begin < other_end and other < end)
 
@@ -602,12 +608,13 @@ def _resolve_backend(backend: str, student: Tensor, loss: _ops.Loss) -> str:
         return "cpp"
     device = student.device.type
     has_kernel = device in ("cpu", "meta") or (device == "cuda" and loss.has_cuda_kernels)
+    too_old = _too_old(student.device) if device == "cuda" else None
     if backend == "auto":
-        if has_kernel:
+        if has_kernel and too_old is None:
             return "cpp"
         if device == "cuda" and _missing_for_triton(student.device) is None:
             return "triton"
-        _warn_of_reference(device, loss)
+        _warn_of_reference(device, loss, too_old)
         return "reference"
     if backend == "triton":
         missing = _missing_for_triton(student.device)
@@ -619,11 +626,28 @@ def _resolve_backend(backend: str, student: Tensor, loss: _ops.Loss) -> str:
             "(python -m kdfast.info shows what it has); for CUDA, rebuild where nvcc is found (KDFAST_CUDA=1 makes its absence an "
             "error), or pass backend='triton' or 'reference'"
         )
+    if backend == "cpp" and too_old is not None:
+        raise ValueError(f"backend 'cpp' cannot run here: {too_old}; or pass backend='reference'")
     return backend
 
 
-OLDEST_FOR_TRITON = (8, 0)  # compute capability
+OLDEST_CAPABILITY = (8, 0)
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _too_old(device: torch.device) -> str | None:
+    """What a GPU lacks for any kernel of ours; None where it lacks nothing."""
+    return None if torch.version.hip is not None or torch.compiler.is_compiling() else _older_than_ours(device)
+
+
+@functools.lru_cache
+def _older_than_ours(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():  # a fake tensor's device
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST_CAPABILITY:
+        return None
+    return f"{device} has compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0 or newer"
 
 
 def _missing_for_triton(device: torch.device) -> str | None:
@@ -631,11 +655,7 @@ def _missing_for_triton(device: torch.device) -> str | None:
     if not HAS_TRITON:
         return "the package triton is not installed (pip install triton)"
     if device.type == "cuda":
-        if torch.version.hip is None and not torch.compiler.is_compiling():
-            capability = torch.cuda.get_device_capability(device)
-            if capability < OLDEST_FOR_TRITON:
-                return f"{device} has compute capability {capability[0]}.{capability[1]}, and Triton takes 8.0 or newer"
-        return None
+        return _too_old(device)
     if device.type == "meta" or (device.type == "cpu" and TRITON_INTERPRETED):
         return None
     return f"the logits are on {device} and it takes a GPU (for tests, TRITON_INTERPRET=1 in the environment runs it on the CPU, slowly)"
@@ -644,11 +664,11 @@ def _missing_for_triton(device: torch.device) -> str | None:
 _warned: set[tuple[str, str]] = set()
 
 
-def _warn_of_reference(device: str, loss: _ops.Loss) -> None:
+def _warn_of_reference(device: str, loss: _ops.Loss, why: str | None) -> None:
     if (device, loss.name) not in _warned and not torch.compiler.is_compiling():
         _warned.add((device, loss.name))
         warnings.warn(
-            f"kdfast has no kernels of {loss.name} for {device!r} in this build; it runs as plain torch there. "
-            "backend='reference' says that this is meant",
+            f"kdfast has no kernels of {loss.name} for {device!r} {f'here ({why})' if why else 'in this build'}; it runs as plain "
+            "torch there. backend='reference' says that this is meant",
             stacklevel=5,
         )

@@ -31,6 +31,7 @@ from helpers import (
     Result,
     Truth,
     arithmetic,
+    as_output,
     check_loss,
     compare,
     eager_errors,
@@ -298,7 +299,7 @@ def build(p: Problem) -> dict[str, Any]:
         x = arguments[name]
         if letter in p.grads and not x.is_inference():
             x.requires_grad_()
-            arguments[name] = x if p.leaf else x.view_as(x)
+            arguments[name] = x if p.leaf else as_output(x)
     return arguments
 
 
@@ -567,7 +568,7 @@ def _moved(x: Any, device: str) -> Any:
         plain.untyped_storage().to(device=torch.device(device)), plain.storage_offset(), plain.shape, plain.stride()
     )
     place.requires_grad_(x.requires_grad)
-    return place if x.is_leaf else place.view_as(place)
+    return place if x.is_leaf else as_output(place)
 
 
 def judge(

@@ -33,6 +33,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import kdfast
+from kdfast import _ops
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -500,19 +501,50 @@ def test_operators_do_not_drop_a_gradient_in_silence() -> None:
     for name in ("kl_div_tau_forward", "logit_mse_forward", "logit_huber_forward"):
         operator = getattr(torch.ops.kdfast, name).default
         value = operator(s, t, *next(operators.samples(name, Where("cpu", "cpp")))[2:])[0]
-        if value.requires_grad:
-            with pytest.warns(UserWarning, match="autograd kernel was not registered"):
-                value.sum().backward()
+        assert value.requires_grad
+        with pytest.warns(UserWarning, match="autograd kernel was not registered"):
+            value.sum().backward()
 
 
 def test_private_torch_names_that_the_guard_uses() -> None:
-    """Dispatch between kernels and reference.py rests on these two; a torch that renames them must fail here, not
+    """Dispatch between kernels and reference.py rests on these two; a torch that changes their meaning must fail here, not
     silently."""
     assert torch._C._are_functorch_transforms_active() is False
     assert torch.func.vmap(lambda x: x + torch._C._are_functorch_transforms_active())(torch.zeros(2)).tolist() == [1, 1]
     assert forward_ad._current_level < 0
     with forward_ad.dual_level():
         assert forward_ad._current_level >= 0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace`:FutureWarning")
+def test_private_torch_names_that_short_cuts_use() -> None:
+    """Whether anybody sees the operators that are called; whether a saved gradient may be overwritten; whose memory is shared."""
+    x = torch.ones(4, requires_grad=True)
+
+    class Dispatch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return function(*args, **kwargs or {})
+
+    class Function(torch.overrides.TorchFunctionMode):
+        pass
+
+    assert not _ops._watched()
+    for watcher in (Dispatch(), Function(), torch.profiler.profile()):
+        with watcher:
+            assert _ops._watched()
+    seen = []
+    torch.jit.trace(lambda y: (seen.append(_ops._watched()), y + 1)[1], (torch.ones(2),), check_trace=False)
+    assert seen == [True] and not _ops._watched()
+
+    kept = []
+    y = x * 1
+    y.register_hook(lambda grad: kept.append((_ops._graph_is_kept(), _ops._is_batched(grad))))
+    y.sum().backward(retain_graph=True)
+    torch.autograd.grad(y, x, torch.eye(4), is_grads_batched=True, retain_graph=True)
+    y.sum().backward()
+    assert kept == [(True, False), (True, True), (False, False)]
+
+    assert torch._C._is_alias_of(x, x[1:]) and not torch._C._is_alias_of(x, x.clone())
 
 
 def test_kernels_serve_plain_calls() -> None:

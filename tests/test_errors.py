@@ -193,7 +193,7 @@ def test_refused_huber(backend: str, kind: Any, words: str, student: Any, teache
     refused(kdfast.logit_huber, kind, words, student, teacher, {"backend": backend} | options)
 
 
-@pytest.mark.parametrize("kind, words, student, teacher, options", SHARED[:16])
+@pytest.mark.parametrize("kind, words, student, teacher, options", SHARED)
 def test_modules_refuse_alike(kind: Any, words: str, student: Any, teacher: Any, options: dict[str, Any]) -> None:
     """A module may refuse when it is made or when it is called."""
     for cls in (kdfast.KLDivTau, kdfast.LogitMSE, kdfast.LogitHuber):
@@ -259,7 +259,7 @@ def test_a_gpu_without_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
     loss = getattr(_ops, name.upper())._replace(has_cuda_kernels=False)
     monkeypatch.setattr(functional, "_warned", set())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(functional, "_older_than_ours", lambda device: None)
     on_gpu = types.SimpleNamespace(device=torch.device("cuda"), is_cpu=False)
     with pytest.raises(ValueError, match=f"cpp.*{name}"):
         functional._resolve_backend("cpp", on_gpu, loss)
@@ -275,6 +275,25 @@ def test_a_gpu_without_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once
         assert functional._resolve_backend("auto", on_gpu, loss) == "reference"
+
+
+def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For CUDA C++ and for Triton alike: "auto" takes plain torch and says why, a backend asked for by name is refused."""
+    from kdfast import _ops, functional
+
+    loss = _ops.KL_DIV_TAU._replace(has_cuda_kernels=True)
+    functional._older_than_ours.cache_clear()
+    monkeypatch.setattr(functional, "_warned", set())
+    monkeypatch.setattr(functional, "HAS_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda"), is_cpu=False)
+    for backend in ("cpp", "triton"):
+        with pytest.raises(ValueError, match=rf"{backend}.*capability 7\.5.*8\.0"):
+            functional._resolve_backend(backend, on_gpu, loss)
+    with pytest.warns(UserWarning, match=r"capability 7\.5.*plain torch"):
+        assert functional._resolve_backend("auto", on_gpu, loss) == "reference"
+    functional._older_than_ours.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------- import and

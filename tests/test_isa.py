@@ -1,6 +1,6 @@
 """Every instruction set this machine has: the accuracy and semantics tests again, each in a process of its own.
 
-KDFAST_CPU_ISA is read once, at the first call.  The set chosen by default is what the rest of the suite has tested; the
+KDFAST_CPU_ISA is read once, when kdfast is imported.  The set chosen by default is what the rest of the suite has tested; the
 others run the tests that depend on the kernels' text, with the float types their vectors differ in.
 """
 

@@ -28,6 +28,7 @@ from helpers import (
     Objective,
     Where,
     arithmetic,
+    as_output,
     check,
     check_grad,
     check_loss,
@@ -166,12 +167,22 @@ def test_row_weight_may_be_strided_or_expanded(where: Where, variant: str) -> No
     ):
         truth = oracle(**VARIANTS[variant], student=s, teacher=t, row_weight=view, reduction="mean")
         options = {k: v for k, v in VARIANTS[variant].items() if k != "loss"}
-        if where.device == "cpu":
-            x = s.clone().requires_grad_()
-            value = where.call(VARIANTS[variant]["loss"], x, t, row_weight=view, reduction="mean", **options)
+        if where.runs_torch:
+            x = where.put(s).clone().requires_grad_()
+            value = where.call(VARIANTS[variant]["loss"], x, where.put(t), row_weight=view, reduction="mean", **options)
             value.backward()
-            check_loss(value.detach(), truth, (s, t))
-            check_grad(x.grad, truth.student, s, (s, t))
+            check_loss(value.detach().cpu(), truth, (s, t))
+            check_grad(x.grad.cpu(), truth.student, s, (s, t))
+
+
+@pytest.mark.parametrize("k", [1, 2, 35])
+def test_a_student_at_minus_inf_everywhere(where: Where, k: int) -> None:
+    """It has no mass where the teacher has all: +inf, in that row alone."""
+    s, t = logits("typical", (4, k))
+    s[1] = -INF
+    for options in ({"loss": "kl_div_tau", "tau": 4.0}, {"loss": "kl_div_tau", "tau": 4.0, "teacher_tau": 2.0}):
+        got = where.run(student=s, teacher=t, reduction="none", grads="s", **options).loss
+        assert got[1] == INF and got[[0, 2, 3]].isfinite().all()
 
 
 @pytest.mark.contract("rows of weight 0 may hold anything")
@@ -540,12 +551,12 @@ def test_expanded_teacher(where: Where, variant: str) -> None:
             grads=grads,
             reduction=reduction,
         )
-    if where.device == "cpu":
-        x, y = s.clone().requires_grad_(), one.clone().requires_grad_()
+    if where.runs_torch:
+        x, y = (where.put(side).clone().requires_grad_() for side in (s, one))
         options = {k: v for k, v in VARIANTS[variant].items() if k != "loss"}
         where.call(VARIANTS[variant]["loss"], x, y.expand(4, 6, 19), reduction="sum", **options).backward()
         truth = oracle(**VARIANTS[variant], student=s, teacher=one.expand(4, 6, 19), reduction="sum")
-        check_grad(y.grad, truth.teacher.sum(0, keepdims=True), one, (s, t))
+        check_grad(y.grad.cpu(), truth.teacher.sum(0, keepdims=True), one, (s, t))
 
 
 @pytest.mark.contract("strided logits are not copied")
@@ -571,7 +582,7 @@ def test_inplace_backward_writes_into_the_student(kernel: Where, variant: str, p
     for reduction in ("sum", "none", "mean"):
         truth = oracle(**VARIANTS[variant], student=s, teacher=t, reduction=reduction)
         leaf = kernel.put(s).requires_grad_()
-        inner = leaf.view(6, 35)  # a non-leaf without a kernel of torch's
+        inner = as_output(leaf)
         value = kernel.call(
             VARIANTS[variant]["loss"], inner, kernel.put(t), reduction=reduction, inplace_backward=True, **options
         )
@@ -594,8 +605,7 @@ def test_inplace_backward_writes_the_rows_it_was_given_and_nothing_else(kernel: 
     options = {k: v for k, v in VARIANTS[variant].items() if k != "loss"} | {"num_classes": 16, "reduction": "sum"}
     truth = oracle(VARIANTS[variant]["loss"], s[:, :-1], t[:, :-1], row_weight=w, grad_output=0.5, **options)
     leaf = kernel.put(s).requires_grad_()
-    inner = leaf.view(4, 7, 19)
-    view = inner[:, :-1]
+    view = as_output(leaf)[:, :-1]
     value = kernel.call(VARIANTS[variant]["loss"], view, kernel.put(t)[:, :-1], row_weight=w, inplace_backward=True, **options)
     check_loss(value.detach().cpu(), truth, (s, t))
     (g,) = torch.autograd.grad(value, view, torch.tensor(0.5, dtype=value.dtype).to(kernel.device))
@@ -607,8 +617,8 @@ def test_inplace_backward_writes_the_rows_it_was_given_and_nothing_else(kernel: 
 
 @variants
 def test_inplace_backward_needs_something_to_overwrite(kernel: Where, variant: str) -> None:
-    """A leaf would lose the caller's data, an expanded tensor has several logits in one place: refused before anything
-    is written."""
+    """A leaf would lose the caller's data, by a view of it too; an expanded tensor has several logits in one place: refused before
+    anything is written."""
     loss = VARIANTS[variant]["loss"]
     options = {k: v for k, v in VARIANTS[variant].items() if k != "loss"}
     s, t = (kernel.put(x.clone()) for x in logits("typical", (6, 35)))
@@ -616,7 +626,16 @@ def test_inplace_backward_needs_something_to_overwrite(kernel: Where, variant: s
     leaf = s.requires_grad_()
     with pytest.raises((ValueError, RuntimeError), match=r"(?s)inplace_backward.*leaf"):
         kernel.call(loss, leaf, t, inplace_backward=True, **options)
-    overlapping = leaf[:1].expand(6, 35)
+    for view in (
+        leaf.view_as(leaf),
+        leaf.view(2, 3, 35).view(6, 35),
+        leaf[1:-1, 3:],
+        leaf.split(6)[0],
+        leaf.unbind(1)[2].view(2, 3),
+    ):
+        with pytest.raises(ValueError, match=r"inplace_backward.*a view of one"):
+            kernel.call(loss, view, view.detach(), inplace_backward=True, **options)
+    overlapping = as_output(leaf)[:1].expand(6, 35)
     with pytest.raises((ValueError, RuntimeError), match="inplace_backward"):
         kernel.call(loss, overlapping, t, inplace_backward=True, **options)
     assert torch.equal(leaf.detach().cpu(), before)
@@ -683,6 +702,25 @@ def test_inplace_backward_with_the_teacher_in_the_same_memory(loss: str) -> None
         check_grad(g, want, base, (base, base))
 
 
+def test_inplace_backward_with_the_teacher_in_the_same_memory_under_another_storage(loss: str) -> None:
+    inner = torch.randn(12, 35).requires_grad_() * 1
+    teacher = torch.from_dlpack(inner.detach())
+    with pytest.raises(ValueError, match=r"inplace_backward.*teacher_logits"):
+        loss_of(loss)(inner[1:], teacher[:-1], inplace_backward=True)
+    loss_of(loss)(inner[6:], teacher[:6], inplace_backward=True)
+
+
+def test_inplace_backward_of_many_gradients_at_once(loss: str) -> None:
+    """is_grads_batched: there is one gradient's room alone, so none of them takes it."""
+    s, t = logits("typical", (6, 35))
+    inner = s.clone().requires_grad_() * 1
+    value = loss_of(loss)(inner, t, reduction="none", inplace_backward=True)
+    (got,) = torch.autograd.grad(value, inner, torch.eye(6), is_grads_batched=True)
+    for row in range(6):
+        check_grad(got[row], oracle(loss, s, t, reduction="none", grad_output=torch.eye(6)[row]).student, s, (s, t))
+    assert torch.equal(inner.detach(), s)
+
+
 # ------------------------------------------------------------------------------------------- repeated backwards,
 # several losses
 
@@ -703,7 +741,7 @@ def test_second_backward_through_a_retained_graph(where: Where, variant: str, dt
         got = torch.autograd.grad(value, sides, torch.tensor(seed, dtype=value.dtype).to(where.device), retain_graph=True)
         truth = oracle(**VARIANTS[variant], student=s, teacher=t, reduction="sum", grad_output=seed)
         handed_out.append((got, truth))
-        if seed == 0.5 and where.device == "cpu":
+        if seed == 0.5 and where.runs_torch:
             for g in handed_out.pop()[0]:
                 g.zero_()  # clipping, for instance, works in place
     for got, truth in handed_out:  # judged last: a later backward must not write into what an earlier one returned
@@ -743,6 +781,21 @@ def test_logits_made_in_inference_mode(where: Where, variant: str) -> None:
         check_grad(g.cpu(), oracle(**VARIANTS[variant], student=s, teacher=t, reduction=reduction).student, s, (s, t))
 
 
+def test_a_teacher_made_in_inference_mode_is_freed_after_the_backward(loss: str) -> None:
+    """As autograd frees what it saves, be the loss kept."""
+    for reduction in ("none", "mean"):
+        with torch.inference_mode():
+            t = torch.randn(4, 7)
+        alive = weakref.ref(t)
+        x = torch.randn(4, 7, requires_grad=True)
+        value = loss_of(loss)(x, t, reduction=reduction)
+        del t
+        (first,) = torch.autograd.grad(value.sum(), x, retain_graph=True)
+        assert alive() is not None
+        (again,) = torch.autograd.grad(value.sum(), x)
+        assert alive() is None and torch.equal(first, again)
+
+
 def test_a_student_changed_beside_a_teacher_made_in_inference_mode() -> None:
     """The check of the others is not lost."""
     with torch.inference_mode():
@@ -766,14 +819,14 @@ def test_no_rows_in_any_layout(where: Where, variant: str, lead: tuple[int, ...]
 
 def test_several_losses_are_summed(where: Where) -> None:
     """Two distillation terms on the same logits, each with its own factor: the incoming gradients are 0.25 and 2."""
-    if where.device != "cpu":
-        pytest.skip("adds on the device: torch's own kernels, which the emulator does not run")
+    if not where.runs_torch:
+        pytest.skip("PyTorch's own kernels, which add here, do not run under the emulator")
     s, t = logits("typical", (6, 35), (F64, F64))
-    x = s.clone().requires_grad_()
+    x, y = where.put(s).clone().requires_grad_(), where.put(t)
     total = (
-        0.25 * where.call("kl_div_tau", x, t, tau=4.0)
-        + 2 * where.call("logit_mse", x, t)
-        + where.call("kl_div_tau", x, t, tau=INF)
+        0.25 * where.call("kl_div_tau", x, y, tau=4.0)
+        + 2 * where.call("logit_mse", x, y)
+        + where.call("kl_div_tau", x, y, tau=INF)
     )
     total.backward()
     a, b, c = (
@@ -781,7 +834,7 @@ def test_several_losses_are_summed(where: Where) -> None:
         oracle("logit_mse", s, t, grad_output=2.0),
         oracle("kl_div_tau", s, t, INF),
     )
-    check_grad(x.grad, a.student + b.student + c.student, s, (s, t))
+    check_grad(x.grad.cpu(), a.student + b.student + c.student, s, (s, t))
 
 
 def test_backward_of_a_part_of_the_rows(where: Where, loss: str) -> None:

@@ -136,6 +136,26 @@ def test_inductor_training_steps(dynamic: bool) -> None:
     assert not any("softmax" in name or "exp" in name.split(".") for name in called), called
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_code_overwrites_no_logits(objective: Objective, backend: str) -> None:
+    """inplace_backward is for eager code: a compiled graph would overwrite what others need, or a leaf that it meets later, unseen."""
+
+    def step(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return objective(x, t, inplace_backward=True), x.detach()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    x, t = logits("typical", (6, 11))
+    for make in (lambda: x.clone().requires_grad_() * 1, lambda: x.clone().requires_grad_()):
+        student, plain = make(), x.clone().requires_grad_()
+        squares = student.square().sum()
+        loss, kept = compiled(student, t)
+        (got,) = torch.autograd.grad(loss + squares, student)
+        (want,) = torch.autograd.grad(objective(plain, t) + plain.square().sum(), plain)
+        near(got, want, 1e-5)
+        assert torch.equal(student.detach(), x) and torch.equal(kept, x)
+
+
 @pytest.mark.contract("AOTInductor", **EVERYWHERE)
 def test_aot_inductor(tmp_path: Path) -> None:
     """A module with the losses, exported with a free batch, compiled, packaged, and loaded again."""
@@ -214,7 +234,7 @@ def _train(rank: int, folder: str) -> None:
         dist.barrier()  # neither leaves while the other is still talking to it
     finally:
         dist.destroy_process_group()
-    os._exit(0)  # not through the finalization, where a process of the two has aborted once (a C++ thread not joined)
+    os._exit(0)  # not through the finalization, which gloo's threads may outlive and then abort
 
 
 @pytest.fixture(scope="module")
