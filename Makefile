@@ -1,6 +1,6 @@
 # PYTHON (used when the virtual environment is made), TORCH and VENV choose its interpreter, its torch and its folder;
 # KDFAST_CUDA, TORCH_CUDA_ARCH_LIST and MAX_JOBS go to setup.py. `make help` lists the targets.
-PYTHON ?= $(or $(shell command -v python3.11),python3)
+PYTHON ?= $(or $(shell command -v python3.11 2>/dev/null),python3)
 TORCH ?= torch==2.14.1
 VENV ?= .venv
 
@@ -56,8 +56,8 @@ sanitize: $(VENV)/with-dev ## the same under the address and undefined-behaviour
 audit: $(VENV)/with-dev ## check that the extension uses torch's stable ABI alone
 	torch-abi-audit kdfast --check torch
 
-clean: ## remove all that make and pip made, the virtual environment included
-	rm -rf $(VENV) build dist *.egg-info kdfast/_C.*.so
+clean: ## remove all that make, pip and the tools made, the virtual environment included (not runs and kdfast-bench: results)
+	rm -rf $(VENV) build dist *.egg-info kdfast/_C.*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # One stamp for each extra, older than any changed source or setting: no command runs stale kernels.

@@ -15,11 +15,6 @@ import torch
 from setuptools import find_packages, setup
 
 nvcc_flags = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
-# Read by cpp_extension, which would otherwise look for a GPU and fail without one.
-if "TORCH_CUDA_ARCH_LIST" not in os.environ:
-    os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0+PTX;10.0"
-    # The code for 10.0 is made from the PTX of 9.0, since the kernels have nothing of its own: a quarter of the time less.
-    nvcc_flags += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,sm_100,compute_90]"]
 
 
 def cuda_toolkit() -> tuple[str, str]:
@@ -64,6 +59,13 @@ else:
     try:
         root, version = cuda_toolkit()
         os.environ["CUDA_HOME"] = root
+        # Read by cpp_extension, which would otherwise look for a GPU and fail without one.
+        if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+            has_sm_100 = tuple(map(int, version.split("."))) >= (12, 8)
+            os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0+PTX;10.0" if has_sm_100 else "8.0;9.0+PTX"
+            # The code for 10.0 is made from the PTX of 9.0, since the kernels have nothing of its own: a quarter of the time less.
+            of_90 = "sm_90,sm_100,compute_90" if has_sm_100 else "sm_90,compute_90"
+            nvcc_flags += ["-gencode=arch=compute_80,code=sm_80", f"-gencode=arch=compute_90,code=[{of_90}]"]
         build["sources"] += sorted(glob("csrc/cuda/*.cu"))
         build["include_dirs"] += [f"{root}/include"]
         build["library_dirs"] = [f"{root}/lib64", f"{root}/lib"]

@@ -1,4 +1,5 @@
-"""Measurements that a reader can repeat: ``python -m benchmarks.accuracy``, ``.run`` and ``.gpu_model``.
+"""Measurements that a reader can repeat: ``python -m benchmarks.run``, ``.accuracy``, ``.overhead`` and ``.gpu_model``;
+``.figures`` draws their results.
 
 Installed, this is the package ``kdfast_bench``, and ``kdfast-bench`` its ``run``.
 """

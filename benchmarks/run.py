@@ -362,6 +362,8 @@ def available(options: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write; 1 when kdfast was inaccurate or raised."""
     options = parse(argv)
+    from .figures import draw  # (now, since matplotlib may be missing)
+
     available(options)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -395,8 +397,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, records in (("speed", benchmark.times), ("error", benchmark.errors)):
         if records:
             write_csv(options.out / f"{name}.csv", records, options.device)
-    from .figures import draw
-
     draw(options.out)
     return 1 if benchmark.inaccurate or any(name.startswith("kdfast") for name, *_ in benchmark.failed) else 0
 

@@ -116,11 +116,6 @@ class Timing:
     high: float
     faults: float
 
-    @property
-    def spread(self) -> float:
-        """Half the distance between the quartiles."""
-        return (self.high - self.low) / 2
-
 
 def summary(values: Sequence[float], faults: float) -> Timing:
     """Median and quartiles."""

@@ -24,7 +24,8 @@ namespace {
 using Object = PyObject*;
 
 const DLPackExchangeAPI* find_exchange() {
-  const py::object capsule = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
+  const py::object capsule = py::getattr(py::module_::import("torch").attr("Tensor"), "__dlpack_c_exchange_api__", py::none());
+  if (capsule.is_none()) return nullptr;
   auto* header = static_cast<DLPackExchangeAPIHeader*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (header == nullptr) throw py::error_already_set();
   while (header != nullptr && header->version.major != DLPACK_MAJOR_VERSION) header = header->prev_api;

@@ -1,5 +1,5 @@
 // The Python module kdfast._C. Importing it also registers the operators of ops.cpp. No torch header is included here, so the
-// extension depends on pybind11 and torch's stable ABI alone.
+// extension depends on pybind11, DLPack (direct.cpp) and torch's stable ABI alone.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -53,7 +53,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "kdfast's kernels; they are called as torch.ops.kdfast.*, and small calls on the CPU directly";
+  m.doc() = "kdfast's kernels; they are called as torch.ops.kdfast.*, and calls on the CPU that one thread does directly";
   m.def("build_info", &build_info, "What this build holds, and what of it this machine can use.");
   kdfast::bind_direct(m);
 }

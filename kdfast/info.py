@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import platform
-from importlib import metadata
 
 import torch
 
@@ -37,11 +37,10 @@ def _cuda(build: _C.BuildInfo) -> str:
 
 
 def _triton() -> str:
-    if importlib.util.find_spec("kdfast.triton") is None:
-        return "not built"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    return f"triton {metadata.version('triton')}"
+    # (Not the distribution's version, whose name is another one in torch's ROCm builds.)
+    return f"triton {importlib.import_module('triton').__version__}"
 
 
 def main() -> None:
