@@ -27,6 +27,9 @@ SELECTED = {
         ("minus_inf", "nan", "num_classes", "strided", "weight_zero", "grad_output", "inplace_backward_writes", "dtypes")
     )
     + ")",
+    # the hard part beside the sums and in the gradient
+    "test_kd_loss.py": "cpp and (test_accuracy or small_share or far_below or masked_classes or nan_stays) "
+    "and not fp16 and not fp64 and not fp32-bf16 and not bf16-fp32",
 }
 
 
