@@ -580,8 +580,10 @@ struct KlDivTau {
   };
   struct RecomputedPlain {
     static constexpr bool kept = false;
-    const typename Row::template PlainPowers<> powers;
-    const typename Hard::PlainExponentials exponentials;
+    typename Row::template PlainPowers<> powers;
+    typename Hard::PlainExponentials exponentials;
+
+    RecomputedPlain(const Row& row, const Hard& hard) : powers(row), exponentials(hard, powers.student) {}
     template <class Place>
     KDFAST_INLINE V teacher(const Place& place, V t) const {
       return only(place.lanes, powers.teacher(t));
@@ -672,6 +674,8 @@ struct KlDivTau {
     }
     // Counts the row's classes from another.
     void start_at(int64_t first) {
+      student = student + first;
+      teacher = teacher + first;
       grad_student.data = grad_student.data + first;
       grad_student.width -= first;
       order = order.from(first);
@@ -720,15 +724,19 @@ struct KlDivTau {
   // A plain row's gradient left to be written by the pass for another's sums (`end` > 0): its way past the caches, into which
   // a pass for the gradient alone would put a vector faster than memory takes it, then lies beside their arithmetic. Whole
   // cache lines at a time: one begun and left would go to memory in parts.
+  template <class Weights>
   struct Postponed {
     // Not where a loop has 16 registers, which the two together lack: short rows were slower for it. (Nor those of pairs of two
-    // types, or of float16, whose code would be compiled for little use.)
-    static constexpr bool kWanted = kLanes<V> == 16 && (sizeof(S) == 4 || __is_same(S, BF16));
+    // types, or of float16, whose code would be compiled for little use. And computed again, of float32 alone: bfloat16 waits
+    // for its arithmetic, not for memory.)
+    static constexpr bool kWanted = kLanes<V> == 16 && (sizeof(S) == 4 || (__is_same(S, BF16) && Weights::kept));
     static constexpr int64_t kLine = Row::Order::kVectors * kLanes<V>;  // classes
 
-    PlainGradient<KeptPlain> gradient{};
+    PlainGradient<Weights> gradient;
     int64_t head = 0, end = 0;  // classes before the first whole line, and from there on
 
+    Postponed() = default;
+    explicit Postponed(const Weights& weights) : gradient(weights) {}
     // Of the gradient that has been set.
     void start() {
       head = gradient.grad_student.before_line();  // (A plain row has more classes.)
@@ -745,7 +753,7 @@ struct KlDivTau {
       gradient(i, Full{}, true);
     }
     // A part of a line. (Of a copy, so that the loop may keep its own in registers.)
-    __attribute__((noinline)) static void write_part(PlainGradient<KeptPlain> gradient, int64_t i, int64_t stop) {
+    __attribute__((noinline)) static void write_part(PlainGradient<Weights> gradient, int64_t i, int64_t stop) {
       for_each_vector<V, Row::Order::kVectors>(i, stop, [&](int64_t k, auto lanes) { gradient(k, lanes, false); });
     }
     void finish() const { gradient.grad_student.zero(end); }
@@ -755,8 +763,9 @@ struct KlDivTau {
     KDFAST_INLINE void write(int64_t) const {}
     void finish() const {}
   };
-  static void write_postponed(Postponed& postponed) {
-    if constexpr (Postponed::kWanted)
+  template <class Weights>
+  static void write_postponed(Postponed<Weights>& postponed) {
+    if constexpr (Postponed<Weights>::kWanted)
       if (postponed.end > 0) {
         postponed.begin();
         plain_gradient(postponed.gradient);
@@ -767,9 +776,11 @@ struct KlDivTau {
   // Short rows go through each pass together: what a row waits for between two passes is then another row's work.
   static constexpr int kTogether = 16, kTogetherBytes = 4 << 10;  // of the student's logits
   static constexpr int kKeptRows = Hard::kStats > 0 ? 3 : 2;
-  // Rows longer than this (with their logits) do not keep w and v, which would drive the logits too far from the cache.
-  // (128256 classes of float32 are below it, and 7 % faster for it where the second level's cache has 1 MiB.)
-  static constexpr int64_t kKeptBytes = 5 << 19;
+  // Rows longer than this (with their logits) do not keep w and v, which would drive the logits too far from the cache. Sooner
+  // where the gradient that is computed again can be postponed: the logits that it reads are then half of what would be kept.
+  static constexpr int64_t kKeptBytes = Postponed<RecomputedPlain>::kWanted ? 5 << 18 : 5 << 19;
+  // How far ahead, in classes, a row is then fetched into the cache: not the next row, beside two others.
+  static constexpr int64_t kAhead = 1024;
 
   // Writes the student's gradient too, where it is wanted; unless `keep`, the teacher's beside it.
   static void forward(const Args& args, int64_t begin, int64_t end, bool keep) {
@@ -784,6 +795,7 @@ struct KlDivTau {
     const F least_variance = Row(temperatures, classes).least_variance();
     // Long rows whose gradient needs the logits again: two of the next row's would drive them out of the cache.
     const bool reads_again = args.grad_student.data != nullptr && !keep;
+    const bool fetches_ahead = reads_again && Postponed<RecomputedPlain>::kWanted;
     constexpr int64_t step = Row::Order::kVectors * kLanes<V>;
     const int64_t stride = (classes + step - 1) / step * step;  // no vector across two cache lines
     const typename Row::Order order{stride / 2};
@@ -791,7 +803,7 @@ struct KlDivTau {
     F weight[kTogether];
     Row rows[kTogether];
     Hard hard[kTogether];
-    Postponed postponed[kTogether];
+    Postponed<KeptPlain> postponed[kTogether];
     const auto kept = [&](int64_t i, int which) { return keep ? scratch.data + (kKeptRows * i + which) * stride : nullptr; };
     const auto kept_w = [&](int64_t i) { return kept(i, 0); };
     const auto kept_v = [&](int64_t i) { return kept(i, 1); };
@@ -800,36 +812,43 @@ struct KlDivTau {
       rows[i] = Row(temperatures, classes);
       postponed[i].gradient.weights = {kept_w(i), kept_v(i), kept_e(i)};
     }
+    Postponed<RecomputedPlain> postponed_again({rows[0], hard[0]});  // where nothing is kept
     for (int64_t first = begin; first < end; first += together) {
       const int64_t count = first + together < end ? together : end - first;
       const auto next = [&](int64_t i) { return first + i + together < end ? first + i + together : first + i; };
       const auto find_sums = [&](int64_t i) {
         Row& row = rows[i];
         Pointer<const S> next_student = row_of<S>(args.student, next(i));
+        if (fetches_ahead && row.plain) next_student = row.student + kAhead;
         const GradientRow<S> gradient(args.grad_student, args.rows, first + i, args.student.data);
         const bool into_caches = gradient && !gradient.streamed;
         const Pointer<const S> to_write = into_caches ? Pointer<const S>(gradient.data) : next_student;
         if constexpr (sizeof(F) == 4)  // (rows of doubles are neither plain nor narrow)
           if (row.plain) {
             Pointer<const S> next_teacher = row_of<S>(args.teacher, reads_again ? first + i : next(i));
+            if (fetches_ahead) next_teacher = row.teacher + kAhead;
             const auto sum = [&]<bool precise>(Precise<precise>, const auto& earlier) {
               row.template sum_plain_row<precise>(kept_w(i), kept_v(i), kept_e(i), order, hard[i], next_student, next_teacher,
                                                   to_write, earlier);
+            };
+            const auto sum_and_write = [&](auto& earlier) {
+              if (earlier.end == 0) return false;
+              sum(Precise<false>{}, earlier);
+              earlier.end = 0;
+              return true;
             };
             if constexpr (PowersFrom::kHasPrecise)
               if (row.is_precise()) {
                 write_postponed(postponed[i]);
                 return sum(Precise<true>{}, NothingPostponed{});
               }
-            if constexpr (Postponed::kWanted) {
-              if (postponed[i].end > 0) {
-                sum(Precise<false>{}, postponed[i]);
-                postponed[i].end = 0;
-                return;
-              }
-            }
+            if constexpr (decltype(postponed_again)::kWanted)
+              if (sum_and_write(postponed_again)) return;
+            if constexpr (Postponed<KeptPlain>::kWanted)
+              if (sum_and_write(postponed[i])) return;
             return sum(Precise<false>{}, NothingPostponed{});
           }
+        write_postponed(postponed_again);
         write_postponed(postponed[i]);
         hard[i].start(row.stat[KlStat::s_max]);
         if constexpr (sizeof(F) == 4)
@@ -878,12 +897,13 @@ struct KlDivTau {
           PlainGradient<KeptPlain>& gradient = postponed[i].gradient;
           if (keep) gradient.set(args, r, weight[i], rows[i], hard[i], order);
           if (!keep || !gradient.hard.set_target(kept_w(i), kept_v(i), order, gradient.minus_p[0], gradient.q[0])) {
-            const typename Row::template PlainPowers<> powers(rows[i]);
-            PlainGradient<RecomputedPlain> recomputed({powers, typename Hard::PlainExponentials(hard[i], powers.student)});
-            recomputed.set(args, r, weight[i], rows[i], hard[i], order);
-            return plain_gradient(recomputed);
+            PlainGradient<RecomputedPlain>& again = postponed_again.gradient;
+            again.weights = RecomputedPlain(rows[i], hard[i]);
+            again.set(args, r, weight[i], rows[i], hard[i], order);
+            if (!keep && decltype(postponed_again)::kWanted && again.grad_student.streamed) return postponed_again.start();
+            return plain_gradient(again);
           }
-          if (Postponed::kWanted && gradient.grad_student.streamed)
+          if (Postponed<KeptPlain>::kWanted && gradient.grad_student.streamed)
             postponed[i].start();
           else
             plain_gradient(gradient);
@@ -906,6 +926,7 @@ struct KlDivTau {
       }
     }
     for (int64_t i = 0; i < together; ++i) write_postponed(postponed[i]);
+    write_postponed(postponed_again);
   }
 
   template <bool for_teacher>
