@@ -559,6 +559,33 @@ def test_expanded_teacher(where: Where, variant: str) -> None:
         check_grad(y.grad.cpu(), truth.teacher.sum(0, keepdims=True), one, (s, t))
 
 
+@pytest.mark.parametrize("dtype, rows, k", [(F32, 40, 54321), (F32, 27, 81921), (F32, 16, 140001), (BF16, 110, 40001)], ids=str)
+def test_rows_written_past_the_caches_have_the_bits_of_each_alone(
+    objective: Objective, dtype: torch.dtype, rows: int, k: int
+) -> None:
+    """From 8 MiB of gradient on, where a row's may be written while the next one is summed: by lines, which begin anywhere in these
+    rows. Targets at both ends of a row and in parts of lines; a row near its teacher and a masked one between the others."""
+    s, t = logits("typical", (rows, k), (dtype, dtype))
+    s[rows // 2] = t[rows // 2] + 1e-3
+    y = torch.arange(rows) % 7
+    y[rows // 2 :] = k - 1 - y[rows // 2 :]
+    w = torch.ones(rows)
+    w[rows // 3] = 0
+
+    def gradient(part: slice) -> Tensor:
+        x = s[part].clone().requires_grad_()
+        target = (y[part],) if objective.loss == "kd_loss" else ()
+        loss = getattr(kdfast, objective.loss)(
+            x, t[part], *target, reduction="sum", row_weight=w[part], **dict(objective.options)
+        )
+        (got,) = torch.autograd.grad(loss, x)
+        return got
+
+    together = gradient(slice(None))
+    for row in range(rows):
+        assert torch.equal(together[row], gradient(slice(row, row + 1))[0]), row
+
+
 @pytest.mark.contract("strided logits are not copied")
 def test_a_strided_view_is_not_copied(loss: str) -> None:
     """64 MiB of logits, the last time step cut off: a no-grad forward needs room for one value a row, not for a

@@ -221,6 +221,8 @@ struct HardPart {
       degree = hard.degree;
       exponential_at_target = (hard.stat[HardStat::slope] + hard.smoothing) / (hard.stat[HardStat::inv_z] * hard.unit);
     }
+    // Counts the row's classes from another.
+    void start_at(int64_t first) { target -= first; }
     // v: the student's powers.
     template <class Weights, class Place>
     KDFAST_INLINE V add(V g, const Weights& weights, const Place& place, V s, V v) const {

@@ -674,6 +674,7 @@ struct KlDivTau {
     }
     // Counts the row's classes from another.
     void start_at(int64_t first) {
+      hard.start_at(first);
       student = student + first;
       teacher = teacher + first;
       grad_student.data = grad_student.data + first;

@@ -138,6 +138,7 @@ struct NoHardPart {
   struct PlainGradient {
     static constexpr V minus_elsewhere{};
     void set(const NoHardPart&) {}
+    void start_at(int64_t) {}
     template <class Order>
     bool set_target(F*, F*, Order, F, F) const {
       return true;
