@@ -536,10 +536,9 @@ MOST_INPLACE_DIMS = 6  # RowLayout::kMaxDims of csrc/kernels.h
 def _check_inplace(student: Tensor, teacher: Tensor, backend: str) -> None:
     if backend == "reference":
         raise ValueError("inplace_backward needs a kernel; got backend 'reference'")
-    if torch.compiler.is_compiling():  # nothing is overwritten then
-        return
-    leaf = student if student._base is None else student._base
-    if student.requires_grad and leaf.is_leaf and leaf.requires_grad:
+    compiling = torch.compiler.is_compiling()  # (then nothing is overwritten, but what eager code refuses is refused)
+    base = None if compiling else student._base
+    if student.requires_grad and (student.is_leaf or (base is not None and base.is_leaf and base.requires_grad)):
         raise ValueError(
             "inplace_backward would overwrite student_logits, a leaf that requires grad or a view of one; it takes the output of a model"
         )
@@ -565,6 +564,8 @@ def _check_inplace(student: Tensor, teacher: Tensor, backend: str) -> None:
             f"inplace_backward takes student_logits of at most {MOST_INPLACE_DIMS} leading dimensions of independent strides; "
             f"got shape {tuple(student.shape)}, strides {student.stride()}"
         )
+    if compiling:
+        return
     if student.is_neg():
         raise ValueError("inplace_backward takes no lazily negated student_logits; pass student_logits.resolve_neg()")
     if _share_memory(student, teacher):

@@ -662,6 +662,8 @@ def test_inplace_backward_needs_something_to_overwrite(kernel: Where, variant: s
     ):
         with pytest.raises(ValueError, match=r"inplace_backward.*a view of one"):
             kernel.call(loss, view, view.detach(), inplace_backward=True, **options)
+    with pytest.raises(ValueError, match=r"inplace_backward.*leaf"):
+        kernel.call(loss, s.detach()[1:].requires_grad_(), t[1:], inplace_backward=True, **options)  # a leaf, and a view
     overlapping = as_output(leaf)[:1].expand(6, 35)
     with pytest.raises((ValueError, RuntimeError), match="inplace_backward"):
         kernel.call(loss, overlapping, t, inplace_backward=True, **options)
