@@ -575,9 +575,9 @@ def _check_inplace(student: Tensor, teacher: Tensor, backend: str) -> None:
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether the stretches from the first to the last element overlap: in memory, or, of tensors without addresses (of
+    """Whether the stretches from the first to the last element overlap: in memory, or, of tensors without addresses (meta, of
     subclasses, or under transforms), in one storage."""
-    addressable = {type(a), type(b)} <= {Tensor, torch.nn.Parameter} and not _ops.transformed()
+    addressable = {type(a), type(b)} <= {Tensor, torch.nn.Parameter} and not (a.is_meta or _ops.transformed())
     if not (a.numel() and b.numel() and (addressable or torch._C._is_alias_of(a, b))):  # type: ignore[attr-defined]
         return False
     (begin, end), (other, other_end) = (

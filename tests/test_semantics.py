@@ -739,6 +739,11 @@ def test_inplace_backward_with_the_teacher_in_the_same_memory_under_another_stor
     loss_of(loss)(inner[6:], teacher[:6], inplace_backward=True)
 
 
+def test_inplace_backward_of_logits_without_addresses() -> None:
+    inner, teacher = (torch.empty(12, 35, device="meta", requires_grad=grad) * 1 for grad in (True, False))
+    kdfast.kl_div_tau(inner, teacher, inplace_backward=True).backward()
+
+
 def test_inplace_backward_of_many_gradients_at_once(loss: str) -> None:
     """is_grads_batched: there is one gradient's room alone, so none of them takes it."""
     s, t = logits("typical", (6, 35))

@@ -246,6 +246,8 @@ struct KlRow {
     const F s_top = largest(s_max), t_j = largest(t_max), t_low = -largest(-t_min);
     // Of the teacher alone: where the student's is another, what the offset could round away is small beside the differences.
     V size = vmax(finite_magnitude(t_max), finite_magnitude(t_min));
+    // (Where none is twice as large as the teacher's largest, the row's size is right but for a factor of 2: at a low
+    // temperature many classes have no mass.)
     const bool masked_by_number =
         !kSixteenBits && (t_low - t_j) * k.teacher_log2 < F(VecOf<F>::lowest) && t_low * t_low > 4 * t_j * t_j;
     if (masked || masked_by_number) infinite = survey_masked(t_j, size);

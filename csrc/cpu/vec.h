@@ -1,5 +1,5 @@
-// SIMD: what the kernels need of a vector, for the instruction set of the unit that includes it. A unit (isa_*.cpp)
-// first sets the compiler's target and defines KDFAST_ISA (a namespace, so that the linker keeps the units' code apart),
+// SIMD: what the kernels need of a vector, for the instruction set of the unit that includes it. A unit (isa_*.cpp) first sets
+// the compiler's target and defines KDFAST_ISA (a namespace, so that the linker keeps the units' code apart),
 // KDFAST_VECTOR_BYTES, and KDFAST_AVX2 or KDFAST_AVX512 where those intrinsics may be used. Everything else is GCC/Clang vector
 // extensions. No std:: function is called: an inline one could be kept from a unit that the machine cannot run.
 
@@ -155,7 +155,7 @@ template <class V>
 KDFAST_INLINE ScalarOf<V> sum(V v) {
   return reduce(v, Plus{});
 }
-// The sums of four vectors, in about a third of the steps that one after the other would take.
+// The sums of four vectors, by halves as in `reduce`, in about a third of the steps that one after the other would take.
 template <class F>
 struct FourSums {
   F a, b, c, d;
