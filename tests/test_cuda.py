@@ -401,6 +401,49 @@ def test_one_launch_reads_each_logit_once(tmp_path: Path, call: str, dtype: str)
             assert launch[f"{kind}_sectors"] <= bound * launch[f"{kind}_sectors_ideal"], (k, kind)
 
 
+# What a device answers that runs clusters of `MOST` blocks at most: the attribute's third number is the cluster's width.
+_CLUSTERS = """
+#include <stddef.h>
+struct Config { unsigned grid[3], block[3]; size_t shared; void* stream; const unsigned* attributes; unsigned count; };
+int cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel, const struct Config* config) {
+  *clusters = config->attributes[2] > MOST ? 0 : 128 / config->attributes[2];
+  return 0;
+}
+"""
+_ROWS_OF_CLUSTERS = """
+import torch, kdfast
+for k in (100000, 151936):
+    t = torch.randn(2, k, generator=torch.Generator().manual_seed(k)) * 3
+    s = t + torch.randn(2, k, generator=torch.Generator().manual_seed(0))
+    results = []
+    for device in ("cuda", "cpu"):
+        student, teacher = s.bfloat16().to(device).requires_grad_(), t.bfloat16().to(device)
+        loss = kdfast.kl_div_tau(student, teacher, 4.0, backend="cpp")
+        loss.backward(torch.ones(()).to(device))
+        results.append((loss.detach().cpu(), student.grad.cpu()))
+    (loss, gradient), (wanted_loss, wanted_gradient) = results
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient, wanted_gradient, rtol=2**-7, atol=1e-9)
+"""
+
+
+@pytest.mark.parametrize("most", [8, 1])
+def test_devices_whose_clusters_are_smaller(tmp_path: Path, most: int) -> None:
+    """As an H20's, or a small partition's, whatever the compute capability."""
+    launcher = os.environ.get("KDFAST_GPU_EMULATOR")
+    if not launcher:
+        pytest.skip("needs the emulator's counts (KDFAST_GPU_EMULATOR)")
+    (tmp_path / "clusters.c").write_text(_CLUSTERS)
+    library, counts = tmp_path / "clusters.so", tmp_path / "counts.json"
+    compiler = [os.environ.get("CC", "cc"), f"-DMOST={most}", "-shared", "-fPIC"]
+    subprocess.run([*compiler, "-o", str(library), str(tmp_path / "clusters.c")], check=True)
+    preloaded = ["sh", "-c", 'LD_PRELOAD="$0:$LD_PRELOAD" exec "$@"', str(library)]
+    step = [*preloaded, sys.executable, "-c", _ROWS_OF_CLUSTERS]
+    subprocess.run([launcher, "run", "--stats", str(counts), "--", *step], check=True)
+    launches = [launch for launch in map(json.loads, counts.read_text().splitlines()) if "KlDivTau" in launch["kernel"]]
+    assert max(launch["cluster"][0] for launch in launches) == most
+
+
 @pytest.mark.parametrize("call, forward, both", [("kl_div_tau at 4", 24, 40), ("logit_mse", 8, 8)])
 def test_instructions_a_pair(tmp_path: Path, call: str, forward: int, both: int) -> None:
     """Of ordinary rows of bfloat16, the loss alone and with the student's gradient."""

@@ -20,10 +20,50 @@ void check(cudaError_t error, const char* what) {
 constexpr int kTickets = 8192;
 __device__ unsigned tickets[kTickets];
 
+// Stands for the kernels where a device is asked for its clusters.
+__global__ void __launch_bounds__(kMostThreads, 1) full_block_kernel() {}
+
+// The most blocks of kMostThreads threads, each alone on its multiprocessor, that may form a cluster, where clusters of so many
+// leave less than half of the multiprocessors idle. Sixteen on an H100; but how many multiprocessors lie together depends on
+// the product and on its partition, not on the compute capability alone (an H20 has sixteen nowhere). 1: no clusters.
+int most_cluster_of(int device) {
+  int has = 0, shared = 0, multiprocessors = 0;
+  cudaDeviceGetAttribute(&has, cudaDevAttrClusterLaunch, device);
+  if (!has) return 1;
+  check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  const void* kernel = (const void*)full_block_kernel;
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  if (attributes.ptxVersion < 90) return 1;  // compiled for older chips alone: without a cluster's instructions
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "cudaFuncSetAttribute");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
+  for (int size = kMostCluster; size > 1; size /= 2) {
+    cudaLaunchAttribute cluster[1];
+    cluster[0].id = cudaLaunchAttributeClusterDimension;
+    cluster[0].val.clusterDim.x = unsigned(size);
+    cluster[0].val.clusterDim.y = cluster[0].val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(size));
+    config.blockDim = dim3(kMostThreads);
+    config.dynamicSmemBytes = size_t(shared);  // all that there is: one block a multiprocessor
+    config.attrs = cluster;
+    config.numAttrs = 1;
+    int clusters = 0;
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    if (error == cudaErrorInvalidClusterSize)
+      cudaGetLastError();
+    else
+      check(error, "cudaOccupancyMaxActiveClusters");
+    if (error == cudaSuccess && 2 * clusters * size > multiprocessors) return size;
+  }
+  return 1;
+}
+
 constexpr int kMostDevices = 64;
 struct Device {
   std::once_flag once;
-  int most_cluster = 1;  // blocks of kMostThreads threads
+  int most_cluster = 1;
   unsigned* tickets = nullptr;
 };
 Device& current_device() {
@@ -36,11 +76,7 @@ Device& current_device() {
     void* at = nullptr;
     check(cudaGetSymbolAddress(&at, tickets), "cudaGetSymbolAddress");
     device.tickets = static_cast<unsigned*>(at);
-    int major = 0, has = 0;
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "cudaDeviceGetAttribute");
-    cudaDeviceGetAttribute(&has, cudaDevAttrClusterLaunch, index);
-    // Not every such device takes clusters of sixteen blocks; the data-center chips do.
-    device.most_cluster = !has || major < 9 ? 1 : major == 9 || major == 10 ? kMostCluster : 8;
+    device.most_cluster = most_cluster_of(index);
   });
   return device;
 }
@@ -58,7 +94,7 @@ Device& current_device() {
 //   <= 32 c   (1024, 640 logits)            1 .. 32 lanes           no barrier; as few lanes as hold it, for short reductions
 //   <= 256 c  (8192, 5120)                  a block                 two or more fit a multiprocessor: one loads, one computes
 //   clusters (compute capability 9.0 on):
-//   <= 2, 4, 8, 16 x 256 c (131072, 81920)  that many blocks        the row stays on chip; 16 on data-center chips
+//   <= 2, 4, 8, 16 x 256 c (131072, 81920)  that many blocks        the row stays on chip; 16 where the device can (an H100)
 //   <= 16 x 512 c (262144, 163840)          16 of the largest       the same
 //   no cluster, or a longer row:
 //   <= 512 c  (16384, 10240)                the largest block       alone on its multiprocessor, but the row is read once
