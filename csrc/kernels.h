@@ -175,7 +175,8 @@ struct KdLossArgs : KlDivTauArgs {
 
 namespace cpu {
 
-// Rows [begin, end). Forward writes the student's gradient too where it is asked for; backward reads row_stats.
+// Rows [begin, end). Forward writes the gradients too that are asked for (the teacher's beside the student's, not alone);
+// backward reads row_stats.
 void kl_div_tau_forward(const KlDivTauArgs& args, int64_t begin, int64_t end);
 void kl_div_tau_backward(const KlDivTauArgs& args, int64_t begin, int64_t end);
 void logit_mse_forward(const LogitMseArgs& args, int64_t begin, int64_t end);
@@ -217,7 +218,8 @@ struct Call {
   bool hard_by_rows = false;  // the sum of the weights of the rows that are not ignored, 1 where that is 0
 };
 
-// args.row_loss may be nullptr where call.loss is not. With a gradient in forward, only the student's, and no row_stats.
+// args.row_loss may be nullptr where call.loss is not. Forward writes the student's gradient, or both, where asked for, and
+// then leaves no row_stats.
 size_t workspace_bytes(const KlDivTauArgs& args);
 size_t workspace_bytes(const LogitMseArgs& args);
 size_t workspace_bytes(const LogitHuberArgs& args);

@@ -236,7 +236,7 @@ class CpuReduction {
 inline void advise_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 4096;
-  constexpr size_t kFrom = 4 << 20;  // two pages: of less, hardly one lies within it
+  constexpr size_t kFrom = 4 << 20;  // two huge pages: of less, hardly one lies within it
   if (bytes < kFrom) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data), first = (begin + kPage - 1) / kPage * kPage;
   madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / kPage * kPage, MADV_HUGEPAGE);

@@ -133,7 +133,7 @@ def _watched() -> bool:
 
 
 _strided = torch.strided
-_SCALARS = [torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.float64)]
+_SCALARS = [torch.empty((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)]
 
 
 def direct(
@@ -270,7 +270,7 @@ class _Function(torch.autograd.Function):
             grad_student, grad_teacher = _reference_gradients(
                 loss, grad_loss, student, teacher, options, parameters, for_student, for_teacher
             )
-        elif inplace and for_student and not _is_batched(grad_loss):
+        elif inplace and for_student and not (torch.compiler.is_compiling() or _is_batched(grad_loss)):
             grad_teacher = loss.backward_inplace(
                 _row_numbers(grad_loss), student, teacher, kept[0], *options, *parameters, for_teacher
             )
@@ -356,6 +356,8 @@ def _reference_gradients(
     for_student: bool,
     for_teacher: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
+    # Partial derivatives: where one side is a function of the other, autograd adds that path itself. (Views, so that it can.)
+    student, teacher = student.view_as(student), teacher.view_as(teacher)
     wanted = [logits for logits, needed in ((student, for_student), (teacher, for_teacher)) if needed]
     value = loss.reference(student, teacher, *options, *parameters)
     value = value[0] if loss.values > 1 else value

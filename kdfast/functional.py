@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -67,9 +67,9 @@ def kl_div_tau(
         scale_by_tau_squared: multiply by tau**2, which keeps gradients of one size over tau.
         reduction: "none": one value a row, shape (...). "sum". "mean": over rows, weighted by row_weight where given.
             "batchmean": the sum divided by student_logits.size(0), as torch.nn.KLDivLoss defines it, whatever the weights.
-            Of no rows at all, "sum" is 0 and both means are NaN, as torch's.
-        row_weight: (...), bool mask or floating weights, of float32's normal range. A row of weight 0 contributes nothing, whatever
-            it holds, and gets a zero gradient. All rows masked: the loss is 0.
+            Of no rows at all, "sum" is 0 and the means are NaN, as torch's ("batchmean" where size(0) is 0).
+        row_weight: (...), bool mask or floating weights, not negative, of float32's normal range. A row of weight 0 contributes
+            nothing, whatever it holds, and gets a zero gradient. All rows masked: the loss is 0.
         denominator: a number from 1e-30 to 1e30, or a 0-d tensor on the logits' device, that replaces the divisor of a scalar reduction.
             (Under torch.compile a tensor: it compiles anew for another number.)
         num_classes: use the first num_classes columns only (a padded vocabulary); the others get a zero gradient.
@@ -209,6 +209,69 @@ class KDParts(NamedTuple):
     soft: Tensor
 
 
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    tau: Number = 4.0,
+    alpha: Number = 0.9,
+    soft: str = "kl",
+    ignore_index: int = -100,
+    label_smoothing: Number = 0.0,
+    reduction: str = "mean",
+    row_weight: Tensor | None = None,
+    denominator: Number | Tensor | None = None,
+    num_classes: int | None = None,
+    return_parts: Literal[False] = False,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    tau: Number = 4.0,
+    alpha: Number = 0.9,
+    soft: str = "kl",
+    ignore_index: int = -100,
+    label_smoothing: Number = 0.0,
+    reduction: str = "mean",
+    row_weight: Tensor | None = None,
+    denominator: Number | Tensor | None = None,
+    num_classes: int | None = None,
+    return_parts: Literal[True],
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> KDParts: ...
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    tau: Number = 4.0,
+    alpha: Number = 0.9,
+    soft: str = "kl",
+    ignore_index: int = -100,
+    label_smoothing: Number = 0.0,
+    reduction: str = "mean",
+    row_weight: Tensor | None = None,
+    denominator: Number | Tensor | None = None,
+    num_classes: int | None = None,
+    return_parts: bool,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> Tensor | KDParts: ...
+
+
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -234,8 +297,8 @@ def kd_loss(
     alone is made so on the other, by a copy), but for:
 
     Args:
-        target: (...), int64 or int32: each row's class. One that is no class is a ValueError on the CPU; elsewhere, and in
-            transforms of torch.func, its row becomes NaN. Not looked at in rows of weight 0.
+        target: (...), int64 or int32: each row's class. One that is no class is a ValueError on the CPU (in compiled
+            code a RuntimeError); elsewhere, and in transforms of torch.func, its row becomes NaN. Not looked at in rows of weight 0.
         tau: the soft part's temperature, student's and teacher's; math.inf is the limit. Without effect on soft="mse".
         alpha: weight of the soft part, a number from 0 to 1. At 0 and at 1 the other part does not enter loss or gradient,
             whatever it holds: a teacher of NaN changes nothing at alpha = 0.
@@ -402,6 +465,7 @@ def _check_classes(target: Tensor, student: Tensor, options: _ops.Options, param
         return
     row_weight, num_classes, ignore_index = options[0], options[4], parameters[3]
     classes = num_classes if num_classes >= 0 else student.shape[-1]
+    target = target.long()  # ignore_index may be wider than its type
     wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if row_weight is not None:
         wrong &= row_weight != 0
@@ -638,7 +702,10 @@ TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def _too_old(device: torch.device) -> str | None:
     """What a GPU lacks for any kernel of ours; None where it lacks nothing."""
-    return None if torch.version.hip is not None or torch.compiler.is_compiling() else _older_than_ours(device)
+    return None if torch.version.hip is not None else _older_than_ours(device)
+
+
+torch.compiler.assume_constant_result(_too_old)  # (as a decorator it would take the function's type)
 
 
 @functools.lru_cache

@@ -105,7 +105,7 @@ def kd_loss(
         d, classes = _differences(s, t, center=soft == 2)
         rows = (d * d).sum(-1) * (0.5 / classes if soft == 2 else 1)
     soft_value = _reduce(rows, row_weight, denominator, divisor, reduction, s.shape[-1] if soft == 1 else 1)
-    counted = target != ignore_index
+    counted = target.long() != ignore_index  # which no narrower type may hold
     weight = counted if row_weight is None else torch.where(counted, row_weight, 0)
     hard = _cross_entropy(s, target, weight != 0, label_smoothing)
     hard_value = _reduce(hard, weight, denominator, divisor, reduction, 1)

@@ -2,7 +2,7 @@
 
 * ``oracle`` computes a loss and both gradients by the definition, in extended precision, with every option of the
   public functions.  It shares no code with the package; ``test_oracle.py`` proves it against mpmath.
-* ``check_loss`` / ``check_grad`` compare with the oracle.  Budgets are *relative* (DESIGN section 2): 5e-6 for a
+* ``check_loss`` / ``check_grad`` compare with the oracle.  Budgets are *relative* (CONTRIBUTING.md, "Tolerances"): 5e-6 for a
   batch's loss and 2e-6 in L2 for a gradient when the arithmetic is float32, and about 2**-53 / 2**-24 of that for
   float64.  There is no absolute tolerance; the only floor is where float32 has no digits at all (1e-32).
 * ``logits`` draws the inputs, ``Where`` runs the package on one (device, backend) pair: inputs are built on the CPU and

@@ -114,7 +114,7 @@ def same(got: Any, want: Any, rtol: float = 1e-11) -> None:
 @variants
 @backends
 def test_gradcheck(backend: str, variant: str, reduction: str, extra: str) -> None:
-    """Student and teacher together (recomputed), then each alone (the student's: written during the forward)."""
+    """Student and teacher together, then each alone (a scalar's: written during the forward, but for the teacher's alone)."""
     if backend == "reference" and reduction in ("sum", "batchmean"):
         return  # autograd differentiates the division by a number
     f = ours(variant, backend, reduction=reduction, **EXTRAS[extra])
@@ -134,6 +134,26 @@ def test_gradgradcheck(variant: str, reduction: str, extra: str) -> None:
     assert gradgradcheck(f, (s, t))
     if extra == "none":
         assert gradgradcheck(f, (s, t.detach())) and gradgradcheck(ours(variant, "reference", reduction=reduction), (s, t))
+
+
+@variants
+@backends
+def test_sides_that_depend_on_each_other(backend: str, variant: str) -> None:
+    """One tensor on both sides, and a teacher made from the student: each path counts once, in either order of derivative."""
+    x = pair((4, 7))[0]
+
+    def derivatives(f: Callable[[Tensor, Tensor], Tensor], teacher_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        student = 2 * x
+        (plain,) = torch.autograd.grad(f(student, teacher_of(student)), x)
+        student = 2 * x
+        (first,) = torch.autograd.grad(f(student, teacher_of(student)), x, create_graph=True)
+        return [plain, first.detach(), *torch.autograd.grad(first.square().sum(), x)]
+
+    for teacher_of in (torch.sin, lambda student: student):
+        got = derivatives(ours(variant, backend, reduction="sum"), teacher_of)
+        want = derivatives(theirs(variant, reduction="sum"), teacher_of)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.contract("second derivatives: `create_graph`, gradgradcheck")

@@ -50,7 +50,7 @@ def test_export_leaves_the_batch_free(loss: str, strict: bool, backend: str) -> 
     [("cpp", reduction, grads) for reduction in ("none", "mean") for grads in ("", "s", "st")] + [("reference", "mean", "s")],
 )
 def test_no_recompile_when_only_the_batch_changes(loss: str, backend: str, reduction: str, grads: str) -> None:
-    """Without a gradient, with the student's (a scalar's is written during the forward), with both (recomputed)."""
+    """Without a gradient, with the student's, with both (a scalar's are written during the forward)."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     call = getattr(kdfast, loss)

@@ -73,7 +73,7 @@ def test_gradcheck(name: str, options: dict[str, Any], reduction: str) -> None:
     """The inputs are moved inside the function, so that finite differences are taken on the CPU."""
     s, t = (x.requires_grad_() for x in helpers.logits("typical", (2, 5), (F64, F64)))
     options = options | {"reduction": reduction, "row_weight": torch.tensor([1.0, 0.5])}
-    for sides in ((s, t), (s, t.detach())):  # recomputed, and written during the forward
+    for sides in ((s, t), (s, t.detach())):
         assert torch.autograd.gradcheck(lambda s, t: CUDA.call(name, s.cuda(), t.cuda(), **options).cpu(), sides)
 
 

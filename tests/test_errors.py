@@ -294,6 +294,10 @@ def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match=r"capability 7\.5.*plain torch"):
         assert functional._resolve_backend("auto", on_gpu, loss) == "reference"
     functional._older_than_ours.cache_clear()
+    monkeypatch.undo()  # (the compiler would look for that GPU)
+    monkeypatch.setattr(functional, "_older_than_ours", str)
+    compiled = torch.compile(lambda x: (x, functional._too_old(torch.device("cuda"))), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1))[1] == "cuda"
 
 
 # ------------------------------------------------------------------------------------------------- import and

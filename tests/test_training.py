@@ -156,6 +156,23 @@ def test_compiled_code_overwrites_no_logits(objective: Objective, backend: str) 
         assert torch.equal(student.detach(), x) and torch.equal(kept, x)
 
 
+def test_a_compiled_backward_of_an_eager_forward_overwrites_no_logits(objective: Objective) -> None:
+    """Compiled autograd looks at no version counter when it runs, so that nobody would be told."""
+    from torch._dynamo import compiled_autograd
+
+    torch._dynamo.reset()
+    x, t = logits("typical", (6, 11))
+    student, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    inner = student * 1
+    total = inner.square().sum() + objective(inner, t, inplace_backward=True)
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        total.backward()
+    (plain.square().sum() + objective(plain, t)).backward()
+    assert student.grad is not None and plain.grad is not None
+    near(student.grad, plain.grad, 1e-5)
+    assert torch.equal(inner.detach(), x)
+
+
 @pytest.mark.contract("AOTInductor", **EVERYWHERE)
 def test_aot_inductor(tmp_path: Path) -> None:
     """A module with the losses, exported with a free batch, compiled, packaged, and loaded again."""

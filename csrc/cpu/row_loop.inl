@@ -185,6 +185,7 @@ void with_types(const Args& args, int64_t begin, int64_t end) {
     Loss<float, AnyType>::run(args, begin, end);
   else
     with_type<float>(s, [&](auto number) { Loss<float, decltype(number)>::run(args, begin, end); });
+  end_streams();
 }
 
 void scale_gradient(void* out, const void* in, DType dtype, double factor, int64_t begin, int64_t end) {

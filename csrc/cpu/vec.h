@@ -492,6 +492,12 @@ KDFAST_INLINE void stream(S* p, V v) {
 #endif
   __builtin_memcpy(p, out, sizeof out);
 }
+// What was streamed is in order with other stores from here on: another thread may be told that it is there.
+inline void end_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 template <class V>
 KDFAST_INLINE IntOf<V> lane_numbers() {
   IntOf<V> lane;

@@ -1,10 +1,10 @@
 // The host's side of row_reduce.cuh, and the small kernels that belong to no loss.
 #include "row_reduce.cuh"
 
-#include <atomic>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 
 namespace kdfast::cuda {
 namespace {
@@ -15,8 +15,7 @@ void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("kdfast: ") + what + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-// One ticket for each launch in flight: they are handed out in turn, and a launch finds its ticket zero because the one before
-// it that had it is thousands of launches past.
+// One for each stream: its launches come one after the other, and each leaves the ticket zero.
 constexpr int kTickets = 8192;
 __device__ unsigned tickets[kTickets];
 
@@ -65,6 +64,8 @@ struct Device {
   std::once_flag once;
   int most_cluster = 1;
   unsigned* tickets = nullptr;
+  std::mutex of_streams_mutex;
+  std::unordered_map<unsigned long long, unsigned*> of_streams;  // by the stream's id, which no other ever has
 };
 Device& current_device() {
   static Device devices[kMostDevices];
@@ -114,9 +115,7 @@ Plan plan_rows(int64_t rows, int64_t row_vectors, int per_thread) {
     plan.slice_vectors = int(row_vectors);
     plan.teams = plan.threads / plan.team;
     plan.decides = plan.team == 32;
-    const int64_t blocks = (rows + plan.teams - 1) / plan.teams;
-    if (blocks > INT32_MAX) throw std::runtime_error("kdfast: too many rows: " + std::to_string(rows));
-    plan.blocks = unsigned(blocks);
+    plan.blocks = blocks_of((rows + plan.teams - 1) / plan.teams, rows);
     return plan;
   }
   int64_t most_threads = kBlock;
@@ -138,9 +137,13 @@ Plan plan_rows(int64_t rows, int64_t row_vectors, int per_thread) {
   if ((plan.slices - 1) * int64_t(in_lines) < row_vectors) plan.slice_vectors = in_lines;
   plan.team = plan.threads = ((plan.slice_vectors + kept - 1) / kept + 31) / 32 * 32;
   plan.decides = plan.slices == 1 || plan.cluster;
-  if (rows > INT32_MAX / plan.slices) throw std::runtime_error("kdfast: too many rows: " + std::to_string(rows));
-  plan.blocks = unsigned(rows * plan.slices);
+  plan.blocks = blocks_of(rows * plan.slices, rows);
   return plan;
+}
+
+unsigned blocks_of(int64_t blocks, int64_t rows) {
+  if (blocks > INT32_MAX) throw std::runtime_error("kdfast: too many rows: " + std::to_string(rows));
+  return unsigned(blocks);
 }
 
 int64_t vectors_of_row(const Logits& student, int64_t classes, int width) {
@@ -170,10 +173,16 @@ unsigned* zeroed_ticket(cudaStream_t stream, unsigned* in_workspace) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
   if (status == cudaStreamCaptureStatusNone) {
-    static std::atomic<unsigned> next{0};
-    return current_device().tickets + next.fetch_add(1, std::memory_order_relaxed) % kTickets;
+    unsigned long long id = 0;
+    check(cudaStreamGetId(stream, &id), "cudaStreamGetId");
+    Device& device = current_device();
+    const std::lock_guard lock(device.of_streams_mutex);
+    const auto found = device.of_streams.find(id);
+    if (found != device.of_streams.end()) return found->second;
+    const size_t count = device.of_streams.size();
+    if (count < kTickets) return device.of_streams[id] = device.tickets + count;
   }
-  // A captured launch runs again at any later time: it has a ticket of its own.
+  // A captured launch runs again at any later time: it has a ticket of its own. (As has one of more streams than tickets.)
   check(cudaMemsetAsync(in_workspace, 0, sizeof(unsigned), stream), "cudaMemsetAsync");
   return in_workspace;
 }

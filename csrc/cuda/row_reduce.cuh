@@ -54,6 +54,8 @@ struct Plan {
 
 // `row_vectors`: vectors that a row takes at most; `per_thread`: those that a thread takes at most.
 Plan plan_rows(int64_t rows, int64_t row_vectors, int per_thread);
+// The number of a launch's blocks, where a launch may have as many.
+unsigned blocks_of(int64_t blocks, int64_t rows);
 // The number of vectors that no row exceeds, given how its start is aligned.
 int64_t vectors_of_row(const Logits& student, int64_t classes, int width);
 
@@ -1121,7 +1123,7 @@ Plan plan_of(const typename L::Args& args) {
   if (by_passes<L>(args)) {
     Plan plan;
     plan.team = plan.threads = 256;
-    plan.blocks = args.rows;
+    plan.blocks = blocks_of(args.rows, args.rows);
     return plan;
   }
   return plan_rows(args.rows, vectors_of_row(args.student, args.classes, vector_width(args.student.dtype, args.teacher.dtype)),
@@ -1244,7 +1246,7 @@ void run_forward(const typename L::Args& caller, const Call& call, int stats, co
     launch(KDFAST_HELD(KDFAST_FORWARD, args), plan, stream, arguments, name, args.rows, args.classes);
     Plan merging;
     merging.threads = 128;
-    merging.blocks = unsigned((args.rows + 3) / 4);
+    merging.blocks = blocks_of((args.rows + 3) / 4, args.rows);
     void* merged[] = {&parameters, &task, &plan.slices};
     launch((const void*)merge_kernel<L>, merging, stream, merged, name, args.rows, args.classes);
     if (!wants_gradient) return;
