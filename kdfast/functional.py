@@ -499,7 +499,7 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
 
 
 def _refuse_logits(student: Tensor, teacher: Tensor) -> None:
-    """Says what is wrong with them, where it is more than two widths."""
+    """Says what is wrong with them, but for unequal widths, which _check_num_classes judges."""
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if not isinstance(logits, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor; got {type(logits).__name__}")
@@ -538,7 +538,7 @@ def _check_target(target: Tensor, student: Tensor) -> Tensor:
 
 
 def _check_num_classes(num_classes: int | None, student: Tensor, teacher: Tensor) -> int:
-    """Given, or of logits of two widths."""
+    """Where it is given, or the widths are unequal, which asks for it."""
     widths = student.shape[-1], teacher.shape[-1]
     if num_classes is None:
         raise ValueError(
@@ -702,20 +702,23 @@ TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def _too_old(device: torch.device) -> str | None:
     """What a GPU lacks for any kernel of ours; None where it lacks nothing."""
-    return None if torch.version.hip is not None else _older_than_ours(device)
+    if torch.version.hip is not None:
+        return None
+    # (A compiler cannot look into the cache, but knows a device's properties.)
+    return _older_than_ours(device) if torch.compiler.is_compiling() else _older_than_ours_cached(device)
 
 
-torch.compiler.assume_constant_result(_too_old)  # (as a decorator it would take the function's type)
-
-
-@functools.lru_cache
 def _older_than_ours(device: torch.device) -> str | None:
     if not torch.cuda.is_available():  # a fake tensor's device
         return None
-    capability = torch.cuda.get_device_capability(device)
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
     if capability >= OLDEST_CAPABILITY:
         return None
     return f"{device} has compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0 or newer"
+
+
+_older_than_ours_cached = functools.lru_cache(_older_than_ours)
 
 
 def _missing_for_triton(device: torch.device) -> str | None:

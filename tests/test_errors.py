@@ -259,7 +259,7 @@ def test_a_gpu_without_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
     loss = getattr(_ops, name.upper())._replace(has_cuda_kernels=False)
     monkeypatch.setattr(functional, "_warned", set())
-    monkeypatch.setattr(functional, "_older_than_ours", lambda device: None)
+    monkeypatch.setattr(functional, "_older_than_ours_cached", lambda device: None)
     on_gpu = types.SimpleNamespace(device=torch.device("cuda"), is_cpu=False)
     with pytest.raises(ValueError, match=f"cpp.*{name}"):
         functional._resolve_backend("cpp", on_gpu, loss)
@@ -282,22 +282,22 @@ def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     from kdfast import _ops, functional
 
     loss = _ops.KL_DIV_TAU._replace(has_cuda_kernels=True)
-    functional._older_than_ours.cache_clear()
+    functional._older_than_ours_cached.cache_clear()
     monkeypatch.setattr(functional, "_warned", set())
     monkeypatch.setattr(functional, "HAS_TRITON", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(major=7, minor=5))
     on_gpu = types.SimpleNamespace(device=torch.device("cuda"), is_cpu=False)
     for backend in ("cpp", "triton"):
         with pytest.raises(ValueError, match=rf"{backend}.*capability 7\.5.*8\.0"):
             functional._resolve_backend(backend, on_gpu, loss)
     with pytest.warns(UserWarning, match=r"capability 7\.5.*plain torch"):
         assert functional._resolve_backend("auto", on_gpu, loss) == "reference"
-    functional._older_than_ours.cache_clear()
+    functional._older_than_ours_cached.cache_clear()
     monkeypatch.undo()  # (the compiler would look for that GPU)
-    monkeypatch.setattr(functional, "_older_than_ours", str)
+    monkeypatch.setattr(functional, "_older_than_ours", lambda device: "too old")
     compiled = torch.compile(lambda x: (x, functional._too_old(torch.device("cuda"))), fullgraph=True, backend="eager")
-    assert compiled(torch.zeros(1))[1] == "cuda"
+    assert compiled(torch.zeros(1))[1] == "too old"
 
 
 # ------------------------------------------------------------------------------------------------- import and
