@@ -49,12 +49,10 @@ int most_cluster_of(int device) {
     config.attrs = cluster;
     config.numAttrs = 1;
     int clusters = 0;
-    const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-    if (error == cudaErrorInvalidClusterSize)
-      cudaGetLastError();
-    else
-      check(error, "cudaOccupancyMaxActiveClusters");
-    if (error == cudaSuccess && 2 * clusters * size > multiprocessors) return size;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess)
+      cudaGetLastError();  // no such clusters, whatever the reason: a launch would report what is wrong with the device
+    else if (2 * clusters * size > multiprocessors)
+      return size;
   }
   return 1;
 }
@@ -68,7 +66,7 @@ struct Device {
   std::unordered_map<unsigned long long, unsigned*> of_streams;  // by the stream's id, which no other ever has
 };
 Device& current_device() {
-  static Device devices[kMostDevices];
+  static Device* const devices = new Device[kMostDevices];  // never destroyed: threads may launch until the process ends
   int index = 0;
   check(cudaGetDevice(&index), "cudaGetDevice");
   if (index >= kMostDevices) throw std::runtime_error("kdfast: more than 64 devices");
