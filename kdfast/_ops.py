@@ -119,7 +119,8 @@ def on_triton(loss: Loss) -> Loss:
 _functorch_active, _traced = torch._C._are_functorch_transforms_active, torch._C._is_tracing
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _profiled, _graph_is_kept = torch._C._autograd._profiler_enabled, torch._C._autograd._get_current_graph_task_keep_graph
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
+_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_is_batched_by_vmap, _is_batched_by_autograd = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
 
 
 def transformed() -> bool:
@@ -130,6 +131,16 @@ def transformed() -> bool:
 def _watched() -> bool:
     """Whether anybody sees the operators that are called: a mode, the profiler, a tracer."""
     return bool(_dispatch_modes() or _function_modes() or _profiled() or _traced())
+
+
+def _hooked() -> bool:
+    """Whether what is saved now goes through hooks: what they give back may be anybody's memory, and nobody looks at its version."""
+    return _saving_hooks(False) is not None
+
+
+def _is_batched(grad_loss: Tensor) -> bool:
+    """Whether it is many numbers to one saved tensor: is_grads_batched, or torch.vmap of a backward pass."""
+    return bool(_is_batched_by_vmap(grad_loss) or _is_batched_by_autograd(grad_loss))
 
 
 _strided = torch.strided
@@ -174,7 +185,7 @@ def direct(
     if gradient is None:
         return values
     result: tuple[Tensor, ...] = _DirectFunction.apply(
-        student, teacher, target, (loss, reduction, parameters), values, gradient
+        student, teacher, target, (loss, reduction, parameters, _hooked()), values, gradient
     )
     return result
 
@@ -202,9 +213,11 @@ def apply(
     if not (torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)):
         values: tuple[Tensor, ...] = loss.forward(student, teacher, *options, *given(target), *parameters, False)[:-1]
         return values
-    inplace = inplace and not torch.compiler.is_compiling()  # a compiled graph would overwrite what others need, unseen
+    compiling = torch.compiler.is_compiling()
+    hooked = not compiling and _hooked()
+    inplace = inplace and not (compiling or hooked)  # what others need would be overwritten, unseen
     in_forward = 0 if inplace else _in_forward(student, teacher, options[3])
-    call = (LOSSES.index(loss), options[2:], parameters, in_forward, inplace)
+    call = (LOSSES.index(loss), options[2:], parameters, in_forward, inplace, hooked)
     result: tuple[Tensor, ...] = _Function.apply(student, teacher, options[0], options[1], target, call)
     return result
 
@@ -225,9 +238,9 @@ class _Function(torch.autograd.Function):
         row_weight: Tensor | None,
         denominator: Tensor | None,
         target: Tensor | None,
-        call: tuple[int, tuple[float | None, int, int], Parameters, int, bool],
+        call: tuple[int, tuple[float | None, int, int], Parameters, int, bool, bool],
     ) -> tuple[Tensor, ...]:
-        index, numbers, parameters, in_forward, _ = ctx.call = call
+        index, numbers, parameters, in_forward, *_ = ctx.call = call
         loss = LOSSES[index]
         kernel = (loss.forward, loss.forward_grad, loss.forward_grads)[in_forward]
         for_backward = () if in_forward else (True,)
@@ -248,7 +261,7 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *of_parts: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:  # not materialized, beside parts
             return (None,) * 6
-        index, numbers, parameters, in_forward, inplace = ctx.call
+        index, numbers, parameters, in_forward, inplace, hooked = ctx.call
         loss = LOSSES[index]
         saved, unsaved = ctx.saved_tensors, ctx.unsaved
         if unsaved is not None and not _graph_is_kept():
@@ -257,8 +270,8 @@ class _Function(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         for_student, for_teacher = ctx.needs_input_grad[:2]
         if in_forward and not create_graph:
-            grad_student = _scaled(loss, kept[0], grad_loss) if for_student else None
-            grad_teacher = _scaled(loss, kept[1], grad_loss) if for_teacher else None
+            grad_student = _scaled(loss, kept[0], grad_loss, hooked) if for_student else None
+            grad_teacher = _scaled(loss, kept[1], grad_loss, hooked) if for_teacher else None
             return grad_student, grad_teacher, None, None, None, None
         if unsaved is not None:
             inputs = [x if y is None else y for x, y in zip(inputs, unsaved, strict=True)]
@@ -292,12 +305,13 @@ class _DirectFunction(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         target: Tensor | None,
-        call: tuple[Loss, int, Parameters],
+        call: tuple[Loss, int, Parameters, bool],
         values: tuple[Tensor, ...],
         gradient: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.call = call
-        ctx.save_for_backward(gradient, student, teacher, target)
+        # In _Function's order: a checkpoint may save by the one and restore by the other.
+        ctx.save_for_backward(student, teacher, target, gradient)
         if len(values) > 1:
             ctx.mark_non_differentiable(*values[1:])
             ctx.set_materialize_grads(False)
@@ -307,15 +321,15 @@ class _DirectFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *of_parts: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:  # not materialized, beside parts
             return (None,) * 6
-        loss, reduction, parameters = ctx.call
-        gradient, student, teacher, target = ctx.saved_tensors
+        loss, reduction, parameters, hooked = ctx.call
+        student, teacher, target, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph
             options = (None, None, None, reduction, -1)
             gradient, _ = _reference_gradients(
                 loss, grad_loss, student, teacher, options, (*given(target), *parameters), True, False
             )
         else:
-            gradient = _scaled(loss, gradient, grad_loss)
+            gradient = _scaled(loss, gradient, grad_loss, hooked)
         return gradient, None, None, None, None, None
 
 
@@ -328,11 +342,11 @@ def _made_in_inference_mode(*inputs: Tensor | None) -> Inputs | None:
     return None
 
 
-def _scaled(loss: Loss, gradient: Tensor, grad_loss: Tensor) -> Tensor:
+def _scaled(loss: Loss, gradient: Tensor, grad_loss: Tensor, hooked: bool) -> Tensor:
     """gradient * grad_loss: in place where this backward is the saved gradient's last use (nothing is written where grad_loss is 1),
     else a new tensor."""
-    if torch.compiler.is_compiling() or _graph_is_kept() or _is_batched(grad_loss):  # (is_grads_batched: many to one gradient)
-        scaled: Tensor = loss.scale_gradient(gradient, grad_loss)
+    if torch.compiler.is_compiling() or hooked or _graph_is_kept() or _is_batched(grad_loss):
+        scaled: Tensor = loss.scale_gradient(gradient.contiguous(), grad_loss)  # (hooks may give back other strides)
         return scaled
     plain = type(gradient) is type(grad_loss) is Tensor and not (grad_loss.is_neg() or _watched())
     if plain and _C.scale_gradient(gradient, grad_loss):

@@ -469,7 +469,11 @@ def _check_classes(target: Tensor, student: Tensor, options: _ops.Options, param
     wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if row_weight is not None:
         wrong &= row_weight != 0
-    if wrong.any():
+    try:
+        found = bool(wrong.any())
+    except RuntimeError:  # a fake tensor, or one that is traced, has no values
+        return
+    if found:
         row = int(wrong.flatten().nonzero()[0])
         raise ValueError(
             f"target must be from 0 to {classes - 1} or ignore_index = {ignore_index}; got {target.flatten()[row]} in row {row}"
@@ -600,9 +604,10 @@ MOST_INPLACE_DIMS = 6  # RowLayout::kMaxDims of csrc/kernels.h
 def _check_inplace(student: Tensor, teacher: Tensor, backend: str) -> None:
     if backend == "reference":
         raise ValueError("inplace_backward needs a kernel; got backend 'reference'")
-    compiling = torch.compiler.is_compiling()  # (then nothing is overwritten, but what eager code refuses is refused)
+    compiling = torch.compiler.is_compiling()
     base = None if compiling else student._base
-    if student.requires_grad and (student.is_leaf or (base is not None and base.is_leaf and base.requires_grad)):
+    # (The base's own requires_grad tells nothing: the leaf may be another view of it.)
+    if student.requires_grad and (student.is_leaf or (base is not None and base.is_leaf)):
         raise ValueError(
             "inplace_backward would overwrite student_logits, a leaf that requires grad or a view of one; it takes the output of a model"
         )
@@ -610,6 +615,8 @@ def _check_inplace(student: Tensor, teacher: Tensor, backend: str) -> None:
         raise ValueError(
             f"inplace_backward takes student_logits whose class dimension has stride 1; got strides {student.stride()}"
         )
+    if compiling:
+        return  # nothing is overwritten then
     extent = 1  # of the dimensions of smaller strides, in elements
     for stride, size in sorted(zip(student.stride(), student.shape, strict=True)):
         if size > 1:
@@ -628,8 +635,6 @@ def _check_inplace(student: Tensor, teacher: Tensor, backend: str) -> None:
             f"inplace_backward takes student_logits of at most {MOST_INPLACE_DIMS} leading dimensions of independent strides; "
             f"got shape {tuple(student.shape)}, strides {student.stride()}"
         )
-    if compiling:
-        return
     if student.is_neg():
         raise ValueError("inplace_backward takes no lazily negated student_logits; pass student_logits.resolve_neg()")
     if _share_memory(student, teacher):

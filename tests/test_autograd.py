@@ -5,6 +5,7 @@ Values are compared with the eager chain in float64, which autograd differentiat
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +31,9 @@ from helpers import (
 )
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import kdfast
 from kdfast import _ops
@@ -439,6 +442,55 @@ def test_checkpoint(backend: str, variant: str, use_reentrant: bool) -> None:
     value = checkpoint(ours(variant, backend), s, t, use_reentrant=use_reentrant)
     value.backward()
     same((s.grad, t.grad), torch.autograd.grad(theirs(variant)(s, t), (s, t)))
+
+
+@pytest.mark.parametrize("change", ["profiler", "mode", "threads"])
+def test_a_checkpoint_whose_two_passes_differ(objective: Objective, change: str) -> None:
+    """What one way through the package saves, the other may restore: a profiler, a mode or another number of threads decides
+    which is taken."""
+    s, t = (torch.randn(512, 128, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    s.requires_grad_()
+    want = torch.autograd.grad(objective(s, t), s)[0]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        value = checkpoint(lambda x: objective(x * 1, t), s, use_reentrant=False)
+        if change == "threads":
+            torch.set_num_threads(2)
+        watching: dict[str, Any] = {"profiler": torch.autograd.profiler.profile(), "mode": FlopCounterMode(display=False)}
+        with watching.get(change, contextlib.nullcontext()):
+            got = torch.autograd.grad(value, s)[0]
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-9)
+
+
+def test_saved_tensors_are_not_changed_where_hooks_keep_them(objective: Objective) -> None:
+    """A store may give one tensor to two who saved equal ones, or one that may not be written."""
+    s, t = pair((4, 7))
+    store: dict[tuple[Any, ...], Tensor] = {}
+
+    def pack(x: Tensor) -> tuple[Any, ...]:
+        key = (x.shape, x.dtype, x.detach().numpy().tobytes())
+        store.setdefault(key, x.detach().clone())
+        return key
+
+    with saved_tensors_hooks(pack, store.__getitem__):
+        value = 3 * objective(s, t) + 5 * objective(s, t)
+    before = {key: x.clone() for key, x in store.items()}
+    same(torch.autograd.grad(value, (s, t)), tuple(8 * x for x in torch.autograd.grad(objective(s, t), (s, t))))
+    assert store and all(torch.equal(x, before[key]) for key, x in store.items())
+
+
+@reductions
+def test_vmap_of_a_backward_pass(objective: Objective, reduction: str) -> None:
+    """Many incoming gradients at once to one loss that has been computed before."""
+    s, t = pair((3, 5))
+    value = objective(s, t, reduction=reduction)
+    up = torch.randn(4, *value.shape, dtype=F64)
+    want = [torch.autograd.grad(value, (s, t), each, retain_graph=True) for each in up]
+    got = torch.vmap(lambda each: torch.autograd.grad(value, (s, t), each))(up)
+    same(got, tuple(torch.stack(of_side) for of_side in zip(*want, strict=True)))
 
 
 @pytest.mark.contract("autocast: bfloat16, float16")

@@ -35,6 +35,8 @@ from helpers import (
     oracle,
 )
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import kdfast
 
@@ -438,3 +440,15 @@ def test_refused(backend: str, kind: type[Exception], words: str, options: dict[
         kdfast.kd_loss(s, **options)
     message = str(caught.value)
     assert all(word.replace("\xa0", " ") in message for word in words.split(" ")) and len(message) < 400, message
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_logits_without_values(backend: str) -> None:
+    """Whether a target is a class cannot be seen in a fake tensor, nor while a call is traced."""
+    s, t = logits("typical", (4, 7))
+    target = torch.tensor([0, 3, 6, -100])
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in (s, t, target)]
+        assert kdfast.kd_loss(*fake, backend=backend, reduction="none").shape == (4,)
+    traced = make_fx(lambda *given: kdfast.kd_loss(*given, backend=backend))(s, t, target)
+    torch.testing.assert_close(traced(s, t, target), kdfast.kd_loss(s, t, target, backend=backend))

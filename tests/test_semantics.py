@@ -3,6 +3,7 @@ backwards, determinism."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import itertools
@@ -44,6 +45,8 @@ from helpers import (
     with_a_class_far_off,
 )
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 import kdfast
 
@@ -662,8 +665,10 @@ def test_inplace_backward_needs_something_to_overwrite(kernel: Where, variant: s
     ):
         with pytest.raises(ValueError, match=r"inplace_backward.*a view of one"):
             kernel.call(loss, view, view.detach(), inplace_backward=True, **options)
-    with pytest.raises(ValueError, match=r"inplace_backward.*leaf"):
-        kernel.call(loss, s.detach()[1:].requires_grad_(), t[1:], inplace_backward=True, **options)  # a leaf, and a view
+    leaf_of_a_buffer = s.detach()[1:].requires_grad_()  # a leaf, and a view
+    for taken in (leaf_of_a_buffer, leaf_of_a_buffer.view(5, 35)):
+        with pytest.raises(ValueError, match=r"inplace_backward.*leaf"):
+            kernel.call(loss, taken, t[1:], inplace_backward=True, **options)
     overlapping = as_output(leaf)[:1].expand(6, 35)
     with pytest.raises((ValueError, RuntimeError), match="inplace_backward"):
         kernel.call(loss, overlapping, t, inplace_backward=True, **options)
@@ -753,6 +758,28 @@ def test_inplace_backward_of_many_gradients_at_once(loss: str) -> None:
     for row in range(6):
         check_grad(got[row], oracle(loss, s, t, reduction="none", grad_output=torch.eye(6)[row]).student, s, (s, t))
     assert torch.equal(inner.detach(), s)
+
+
+@pytest.mark.parametrize("saving", ["hooks", "save_on_cpu", "checkpoint", "allow_mutation"])
+def test_inplace_backward_under_hooks_on_saved_tensors(objective: Objective, saving: str) -> None:
+    """Nobody looks at the version of what a hook gives back: what others need must not be overwritten."""
+    s, t = logits("typical", (6, 35))
+
+    def head(x: Tensor, inplace: bool) -> Tensor:
+        logits = x * 1
+        return logits.square().sum() + objective(logits, t, inplace_backward=inplace)
+
+    want = torch.autograd.grad(head(w := s.clone().requires_grad_(), False), w)[0]
+    w = s.clone().requires_grad_()
+    contexts: dict[str, Any] = {
+        "hooks": saved_tensors_hooks(lambda x: x, lambda x: x),
+        "save_on_cpu": torch.autograd.graph.save_on_cpu(),
+        "allow_mutation": torch.autograd.graph.allow_mutation_on_saved_tensors(),
+    }
+    with contexts.get(saving, contextlib.nullcontext()):
+        value = checkpoint(head, w, True, use_reentrant=False) if saving == "checkpoint" else head(w, True)
+        for _ in range(2):
+            torch.testing.assert_close(torch.autograd.grad(value, w, retain_graph=True)[0], want, rtol=1e-5, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------- repeated backwards,

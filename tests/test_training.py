@@ -156,6 +156,18 @@ def test_compiled_code_overwrites_no_logits(objective: Objective, backend: str) 
         assert torch.equal(student.detach(), x) and torch.equal(kept, x)
 
 
+def test_compiled_code_takes_strides_that_are_not_known(objective: Objective) -> None:
+    """Of inplace_backward's conditions, which are without effect there, too."""
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, t: objective(x[:, :-1], t, inplace_backward=True), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    for length in (5, 7):
+        x, t = torch.randn(3, length, 11, requires_grad=True), torch.randn(3, length - 1, 11)
+        (got,) = torch.autograd.grad(compiled(x * 1, t), x)
+        near(got, torch.autograd.grad(objective(x[:, :-1], t), x)[0], 1e-5)
+
+
 def test_a_compiled_backward_of_an_eager_forward_overwrites_no_logits(objective: Objective) -> None:
     """Compiled autograd looks at no version counter when it runs, so that nobody would be told."""
     from torch._dynamo import compiled_autograd
