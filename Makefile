@@ -3,6 +3,9 @@
 PYTHON ?= $(or $(shell command -v python3.11 2>/dev/null),python3)
 TORCH ?= torch==2.14.1
 VENV ?= .venv
+ifneq ($(words $(VENV)),1)
+$(error VENV must be a folder without spaces in its name; got '$(VENV)')
+endif
 
 # ninja and the other tools are found there
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -40,7 +43,7 @@ readme-figures: $(VENV)/with-bench ## redraw the README's plots, and print its t
 lint: $(VENV)/with-dev ## check style and types
 	ruff check
 	ruff format --check
-	clang-format --dry-run -Werror $$(git ls-files '*.h' '*.inl' '*.cpp' '*.cu' '*.cuh')
+	clang-format --dry-run -Werror $$(find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 	mypy
 
 ctest: $(VENV)/with-dev ## test the kernels without torch (CMake)

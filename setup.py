@@ -41,6 +41,7 @@ def cuda_toolkit() -> tuple[str, str]:
 project_version = re.search(r'^version = "(.+)"', Path("pyproject.toml").read_text(), re.M)[1]
 # Never -ffast-math or -march: infinities and NaN are data here, and each ISA unit names its own instruction set.
 flags = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+flags += [f"-ffile-prefix-map={Path.cwd()}/="]  # a message names csrc/ops.cpp, not the folder it was built in
 build: dict = {
     "sources": sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
     "depends": sorted(p for p in glob("csrc/**/*", recursive=True) if p.endswith((".h", ".inl", ".cuh"))),
@@ -53,14 +54,17 @@ build: dict = {
     ],
 }
 
-if os.environ.get("KDFAST_CUDA") == "0":
+wanted = os.environ.get("KDFAST_CUDA", "")
+if wanted not in ("", "0", "1"):
+    raise SystemExit(f"kdfast: KDFAST_CUDA must be 0 or 1; got {wanted!r}")
+if wanted == "0":
     print("kdfast: building the CPU kernels only (KDFAST_CUDA=0)")
 else:
     try:
         root, version = cuda_toolkit()
         os.environ["CUDA_HOME"] = root
         # Read by cpp_extension, which would otherwise look for a GPU and fail without one.
-        if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
             has_sm_100 = tuple(map(int, version.split("."))) >= (12, 8)
             os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0+PTX;10.0" if has_sm_100 else "8.0;9.0+PTX"
             # The code for 10.0 is made from the PTX of 9.0, since the kernels have nothing of its own: a quarter of the time less.
@@ -77,7 +81,7 @@ else:
         ]
         print(f"kdfast: building the CPU and the CUDA kernels (CUDA {version}, {os.environ['TORCH_CUDA_ARCH_LIST']})")
     except LookupError as missing:
-        if os.environ.get("KDFAST_CUDA") == "1":
+        if wanted == "1":
             raise SystemExit(f"kdfast: KDFAST_CUDA=1, but {missing}") from None
         print(f"kdfast: building the CPU kernels only: {missing}")
 

@@ -330,8 +330,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="least readings of a figure (default 7; 5 with --quick)")
     parser.add_argument("--out", type=Path, default=Path("kdfast-bench"), help="folder of CSV and plots (default %(default)s)")
     options = parser.parse_args(argv)
-    if options.threads < 1:
-        parser.error(f"--threads must be at least 1; got {options.threads}")
+    for name in ("threads", "rounds"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name} must be at least 1; got {value}")
+    for tau in options.taus or ():
+        if not (1e-15 <= tau <= 1e15 or tau == math.inf):
+            parser.error(f"--taus must be from 1e-15 to 1e15, or inf; got {tau}")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)  # now: not after minutes of measuring
+    except OSError as error:
+        parser.error(f"--out cannot be written: {error}")
     options.device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = options.device.type == "cuda"
     options.default_shapes = QUICK_SHAPES if options.quick else GPU_SHAPES if on_gpu else SHAPES

@@ -318,6 +318,17 @@ def test_missing_extension() -> None:
     assert "kdfast._C" in done.stderr and "pip install" in last_line(done)
 
 
+def test_sources_that_are_not_installed() -> None:
+    done = python(
+        "import importlib.metadata, torch\n"
+        "def version(name): raise importlib.metadata.PackageNotFoundError(name)\n"
+        "importlib.metadata.version = version\n"
+        "import kdfast"
+    )
+    assert done.returncode and "ImportError: kdfast is not installed" in last_line(done), done.stderr
+    assert "pip install" in last_line(done)
+
+
 @pytest.mark.parametrize("version", ["2.4.1", "2.12.0+cu126", "1.13.1"])
 def test_torch_that_is_too_old(version: str) -> None:
     code = f"import torch; torch.__version__ = type(torch.__version__)({version!r}); import kdfast"

@@ -111,18 +111,22 @@ class Laboratory:
             "optimizer": task.optimizer, "rate": task.rate, "weight_decay": task.weight_decay, "device": self.device.type,
         }  # fmt: skip
         path = self.folder / "settings.json"
-        if not path.exists():
+        there = json.loads(path.read_text()) if path.exists() else settings
+        if not any(self.path_of_networks().glob("*.pt")):  # whoever came before has finished nothing
             path.write_text(json.dumps(settings, indent=2) + "\n")
-        elif (there := json.loads(path.read_text())) != settings:
+        elif there != settings:
             differing = [f"{k}: {there.get(k)} there, {v} asked for" for k, v in settings.items() if there.get(k) != v]
             raise ValueError(
                 f"{self.folder} has results of other settings ({'; '.join(differing)}): choose another --out or remove it"
             )
 
+    def path_of_networks(self) -> Path:
+        return self.folder / "networks"
+
     def path(self, recipe: Recipe, seed: int) -> Path:
         """The file of a finished network. The implementation of the loss matters where the loss is one of kdfast's."""
         implementation = f" {self.implementation}" if recipe.teacher is not None else ""
-        return self.folder / "networks" / (f"{recipe} seed={seed}{implementation}".replace(" ", "_") + ".pt")
+        return self.path_of_networks() / (f"{recipe} seed={seed}{implementation}".replace(" ", "_") + ".pt")
 
     def _split(self, seed: int) -> Split:
         split = self.task.split(seed)
