@@ -209,6 +209,45 @@ def test_a_constant_beside_classes_masked_by_a_number(kernel: Where, shift: floa
             check(kernel, "kl_div_tau", s, t, tau=tau, grads=grads)
 
 
+@pytest.mark.parametrize("pair", ["fp32", "bf16"])
+@pytest.mark.parametrize("shift", [-150.0, -169.0, -177.0, -185.0, -300.0, 169.0, 185.0])
+def test_logits_far_below_zero(kernel: Where, shift: float, pair: str) -> None:
+    """As log-probabilities at a low temperature are, on one side or on both: no power is lost below the normal numbers."""
+    for k, tau in ((64, 1.0), (300, 0.05), (1000, 20.0)):
+        t, s = (
+            (tau * x).to(dtype) for x, dtype in zip(reversed(logits("typical", (4, k))), reversed(PAIRS[pair]), strict=True)
+        )
+        for student, teacher in ((s + shift * tau, t), (s, t + shift * tau), (s + shift * tau, t + shift * tau)):
+            check(kernel, "kl_div_tau", student, teacher, tau=tau, grads="s", reduction="sum")
+            check(kernel, "kd_loss", student, teacher, tau=tau, grads="s", reduction="sum")
+
+
+@pytest.mark.parametrize("far", [32.0, 60.0, 83.0, 85.0, 88.0, 700.0, 1500.0])
+def test_flat_rows_whose_likeliest_class_is_far_off(kernel: Where, far: float) -> None:
+    """The student has the teacher's likeliest class, of little mass, far below the others: around that class every difference is large,
+    and its exponential may be infinite."""
+    for k, spread in ((200, 0.05), (1000, 0.0), (2000, 0.05)):
+        generator = torch.Generator().manual_seed(k)
+        t = spread * torch.randn(3, k, generator=generator)
+        s = t + spread * torch.randn(3, k, generator=generator)
+        t[:, 7] = t.amax(-1) + 0.01
+        s[:, 7] = -far
+        for tau in (1.0, 20.0):
+            truth = oracle("kl_div_tau", s * tau, t * tau, tau, reduction="sum")
+            theirs = eager_errors("kl_div_tau", s * tau, t * tau, truth, tau=tau, reduction="sum")
+            allow = (2 * theirs[0], 2 * theirs[1], 2 * theirs[2])
+            check(kernel, "kl_div_tau", s * tau, t * tau, tau=tau, grads="s", reduction="sum", truth=truth, allow=allow)
+
+
+def test_a_teacher_that_is_alike_in_every_class(kernel: Where) -> None:
+    """Each term and each partial sum may be rounded the same way."""
+    for k, value, shift, noise in ((1024, 1.365, 40.0, 1.4), (8192, 0.7, 0.0, 3.1), (1000, -2.3, 10.0, 2.0)):
+        t = torch.full((2, k), value)
+        s = t + shift + noise * torch.randn(2, k, generator=torch.Generator().manual_seed(k))
+        for dtype in (F32, BF16):
+            check(kernel, "kl_div_tau", s, t.to(dtype), tau=20.0, grads="s", reduction="sum")
+
+
 @pytest.mark.parametrize("far", [1e20, 1e30, 1e37])
 def test_a_class_far_off_around_the_mean(kernel: Where, far: float) -> None:
     """A difference whose square no float32 holds: it is not infinite, and enters the mean."""

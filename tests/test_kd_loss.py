@@ -452,3 +452,11 @@ def test_logits_without_values(backend: str) -> None:
         assert kdfast.kd_loss(*fake, backend=backend, reduction="none").shape == (4,)
     traced = make_fx(lambda *given: kdfast.kd_loss(*given, backend=backend))(s, t, target)
     torch.testing.assert_close(traced(s, t, target), kdfast.kd_loss(s, t, target, backend=backend))
+
+
+@pytest.mark.parametrize("alpha", [0.9999, 1 - 1e-6])
+def test_a_small_share_of_the_hard_part(kernel: Where, alpha: float) -> None:
+    """Where it is all of the loss: 1 - alpha is rounded once."""
+    s = logits("typical", (4, 7))[0]
+    for reduction in ("none", "sum"):
+        check(kernel, "kd_loss", s, s, alpha=alpha, grads="s", reduction=reduction)

@@ -141,7 +141,7 @@ struct HardPart {
   bool finish_plain_row(Sums& sums, F* kept_v, F* kept_e, Order order) {
     if (!counts) return true;
     const F z = degree > 0 ? finish_row(sums, kept_v, order, OfPowers{degree}) : finish_row(sums, kept_e, order);
-    return z < PowersFrom::kMostSquares && z >= 1 / kMostPower;
+    return z < PowersFrom::kMostSquares && z >= kLeastSum;
   }
   // Returns the sum of the exponentials, in their own units. Where they are kept themselves, puts in the target's place what
   // the gradient's formula makes into the gradient there.
@@ -183,11 +183,12 @@ struct HardPart {
   void load_stats(const F* from) { __builtin_memcpy(stat, from, sizeof stat); }
   void store_stats(void* to, int64_t at) const { copy_numbers(to, at, stat, HardStat::count); }
   void store_loss(const KdLossArgs& args, int64_t r, F weight, F soft) const {
-    const F hard = counts && weight != 0 ? loss * weight : 0, alpha = F(args.alpha);
+    const F hard = counts && weight != 0 ? loss * weight : 0;
     static_cast<F*>(args.row_hard)[r] = hard;
     static_cast<F*>(args.row_soft)[r] = soft;
     if (args.row_loss == nullptr) return;
-    static_cast<F*>(args.row_loss)[r] = alpha == 0 ? hard : alpha == 1 ? soft : (1 - alpha) * hard + alpha * soft;
+    const double alpha = args.alpha;
+    static_cast<F*>(args.row_loss)[r] = alpha == 0 ? hard : alpha == 1 ? soft : F(1 - alpha) * hard + F(alpha) * soft;
   }
 
   void scale(F by) {

@@ -32,6 +32,7 @@ struct KlRow {
   static constexpr F kNarrow = sizeof(F) == 4 ? 2 : -1;  // the range of WidePhiSeries
   static constexpr F kMostFolded = 4096;
   static constexpr F kMostRest = 64;  // e^rest is far from infinity
+  static constexpr F kMostMean = 16;  // beside the loss: four bits of it are given away
   static constexpr double ln_2_exactly = 0.693147180559945309;
   static constexpr bool kSixteenBits = sizeof(S) == 2;
 
@@ -107,6 +108,7 @@ struct KlRow {
   // Of a plain row's loss (finish_plain_row), relative: the error of a sum of many classes' terms, and, four times the usual
   // one, that of one class's (whose exponent is rounded where the multiply-adds are not fused); its share of the budget.
   static constexpr double kBias = 2e-8, kBudget = 2.5e-6, kLeastGradient = kFused ? 0.15 : 0.3;
+  static constexpr double kLeastUneven = 1.0001;  // K sum p^2, which is 1 where all are alike
   double error_of_one() const { return is_precise() ? 2.2e-7 : kFused ? 4e-7 : 8e-7; }
   // The variance of the classes' differences, in units of tau, that such a row has where the logits are ordinary: twice its
   // loss, and about the square of its gradient.
@@ -211,7 +213,8 @@ struct KlRow {
   // The loss of a plain row, or false: where its loss is not large beside the errors of its terms, or its gradient beside
   // those of the probabilities.
   bool finish_plain_row() {
-    if (!(s0 < kMostPower && z < kMostPower && ww < PowersFrom::kMostSquares && leading_vv < PowersFrom::kMostSquares))
+    if (!(s0 >= kLeastSum && z >= kLeastSum && s0 < kMostPower && z < kMostPower && ww < PowersFrom::kMostSquares &&
+          leading_vv < PowersFrom::kMostSquares))
       return false;
     const PlainPowers<> powers(*this);
     const double inv_s0 = 1 / exact_s0, inv_z = 1 / exact_z, inv_tau = ln_2_exactly * k.student_log2;
@@ -223,6 +226,8 @@ struct KlRow {
     const double of_leaders = (leading_vv * inv_z - 2 * leading_wv * inv_s0) * inv_z + leading_ww * inv_s0 * inv_s0;
     const double of_gradient = Order::kVectors * of_leaders;
     if (!(loss * kBudget > error && loss < kMostPower && of_gradient > kLeastGradient * kLeastGradient * of_p)) return false;
+    // (Where the teacher's classes are all alike, every term and every partial sum may be rounded the same way.)
+    if (of_p * double(classes) < kLeastUneven) return false;
     kl = F(loss);
     return true;
   }
@@ -425,6 +430,9 @@ struct KlRow {
     stat[KlStat::inv_s0] = inv_s0;
     kl = log_ratio - mean;
     stat[KlStat::shift] = log_ratio;
+    // The mean is far off beside the loss: x about class j is large nearly everywhere.
+    const F most_mean = kMostMean * (kl > F(0.25) ? kl : F(0.25)), size_of_mean = mean < 0 ? -mean : mean;
+    if (!recentred && size_of_mean > most_mean && size_of_mean < inf) return false;
     if (kl < F(math::kStableBelow)) {
       const F phi_mean = math::phi(mean), centred = excess * inv_s0 - phi_mean;
       if (!recentred && !(centred >= phi_mean / 8)) return false;
@@ -433,8 +441,8 @@ struct KlRow {
       stat[KlStat::shift] = mean + kl;
     }
     // Classes alike on both sides that have the mass, and one of little mass far off: either form loses the shift's digits.
-    const F shift = stat[KlStat::shift];
-    if (rest < kMostRest && shift * shift < mean * mean / 64) stat[KlStat::shift] = shift_of_differences();
+    const F shift = stat[KlStat::shift], size_of_shift = shift < 0 ? -shift : shift;
+    if (rest < kMostRest && size_of_shift < size_of_mean / 8) stat[KlStat::shift] = shift_of_differences();
     return true;
   }
   // Makes x zero at its mean, which the sums have shown, instead of class j.

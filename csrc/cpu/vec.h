@@ -274,6 +274,8 @@ KDFAST_INLINE VecF short_exp2(VecF x) {
 // baseline), however large it is. 0 where it is below the normal numbers, kMostPower or more (or NaN) where it is above that.
 // precise: twice as well, where the instruction set has such a form (kHasPrecise).
 inline constexpr float kMostPower = 0x1p+100f;
+// Of a row's powers: where their sum is below this, the origin lies too far off, and the lesser ones may be 0.
+inline constexpr float kLeastSum = 0x1p-40f;
 template <bool precise>
 struct PowersOf {
   float c, from;

@@ -76,7 +76,7 @@ template <class F>
 __device__ __forceinline__ void store_losses(const KdLossArgs& args, int64_t row, F hard, F soft) {
   static_cast<F*>(args.row_hard)[row] = hard;
   static_cast<F*>(args.row_soft)[row] = soft;
-  if (args.row_loss != nullptr) static_cast<F*>(args.row_loss)[row] = mixed(F(args.alpha), hard, soft);
+  if (args.row_loss != nullptr) static_cast<F*>(args.row_loss)[row] = mixed(args.alpha, hard, soft);
 }
 
 // A soft loss that holds its rows, with the hard part beside it.

@@ -23,8 +23,8 @@ constexpr int kMostTeams = 128;  // of a block: one thread each
 
 // The loss of kd_loss, of its parts: one whose share is 0 does not enter, whatever it is.
 template <class F>
-__device__ __forceinline__ F mixed(F alpha, F hard, F soft) {
-  return alpha == 0 ? hard : alpha == 1 ? soft : (1 - alpha) * hard + alpha * soft;
+__device__ __forceinline__ F mixed(double alpha, F hard, F soft) {
+  return alpha == 0 ? hard : alpha == 1 ? soft : F(1 - alpha) * hard + F(alpha) * soft;
 }
 
 struct Plan {
