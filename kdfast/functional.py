@@ -76,8 +76,8 @@ def kl_div_tau(
         inplace_backward: the backward pass overwrites student_logits with its gradient: no memory beyond O(rows). Taken for
             non-leaf logits only (or such as require no grad), of a class dimension of stride 1, whose rows overlap neither each
             other nor the teacher's; whoever else needs them gets autograd's error about an in-place change. Pass the logits
-            themselves: a slice's own backward pass allocates a gradient of all of them. Without effect under torch.compile, which
-            knows no version counters.
+            themselves: a slice's own backward pass allocates a gradient of all of them. Without effect under torch.compile and
+            under hooks on saved tensors (save_on_cpu, checkpoints), which look at no version counters.
         backend: "auto", "cpp" (C++ on the CPU, CUDA C++ on a GPU), "triton" or "reference" (plain torch). The environment variable
             KDFAST_BACKEND, read at import, replaces "auto".
 
