@@ -11,6 +11,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <atomic>
 #include <initializer_list>
 #include <optional>
 #include <tuple>
@@ -197,11 +198,45 @@ Divisor divisor_of(const Options& options, const Tensor& student) {
   return {number, options.reduction, student.dim() > 1 ? student.size(0) : 1};
 }
 
+// A thread's share of the rows, that it and those which are done with theirs take blocks of.
+class Share {
+ public:
+  Share() = default;
+  void set(int64_t begin, int64_t end) {
+    next_ = begin;
+    end_ = end;
+  }
+  // Blocks that become smaller as the share does, of `least` rows or more, until nothing is left.
+  template <class Body>
+  void take_blocks(int64_t least, Body body) {
+    constexpr int64_t kBlocks = 4;  // of what is left
+    for (int64_t begin = next_.load(std::memory_order_relaxed); begin < end_;) {
+      const int64_t block = std::max(least, (end_ - begin) / kBlocks), end = std::min(end_, begin + block);
+      if (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+      body(begin, end);
+      begin = next_.load(std::memory_order_relaxed);
+    }
+  }
+
+ private:
+  alignas(64) std::atomic<int64_t> next_{0};  // (a cache line each)
+  int64_t end_ = 0;
+};
+
+// Runs the kernel on all rows, on as many threads as are worth it: by even shares, whose rest goes to whoever is done, since a
+// core may be slower than another or busy with something else. A row's bits depend on no other row.
 template <class Args, class Kernel>
 void for_rows(const Args& args, Kernel kernel) {
-  const int64_t grain = std::max<int64_t>(1, kPairsPerTask / std::max<int64_t>(1, args.classes));
-  if (args.rows <= grain) return kernel(args, 0, args.rows);
-  torch::stable::parallel_for(0, args.rows, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  const int64_t rows = args.rows, grain = std::max<int64_t>(1, kPairsPerTask / std::max<int64_t>(1, args.classes));
+  const int64_t threads = rows <= grain ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), (rows + grain - 1) / grain);
+  if (threads == 1) return kernel(args, 0, rows);
+  std::vector<Share> shares(threads);
+  for (int64_t i = 0; i < threads; ++i) shares[i].set(rows * i / threads, rows * (i + 1) / threads);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    if (last - first == threads) return kernel(args, 0, rows);  // within another parallel region
+    for (int64_t i = 0; i < threads; ++i)
+      shares[(first + i) % threads].take_blocks(grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  });
 }
 
 // What forward returns of each loss before the statistics or the gradient: of type `type`, one number or one a row.
