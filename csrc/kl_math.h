@@ -37,7 +37,7 @@ struct KlStat {
 };
 
 struct MseStat {
-  enum { s_offset, t_offset, mean, inv_classes, count };
+  enum { offset, mean, inv_classes, count };
 };
 
 struct HuberStat : MseStat {
@@ -184,14 +184,25 @@ KDFAST_INLINE double power_of_two(double x) {
   return x;
 }
 
-// The shift `d` between student and teacher in units of 2^-7 of the power of two at or below `size`, the largest finite
+// The shift `d` between student and teacher in units of 1 / `units` of the power of two at or below `size`, the largest finite
 // magnitude of the logits. Being that coarse, its subtraction from a logit rounds nothing away but where it is far larger than
 // the logit, and a shift too small to matter is left alone (0).
 template <class F>
-KDFAST_INLINE F row_offset(F d, F size) {
+KDFAST_INLINE F row_offset(F d, F size, int units = 128) {
   constexpr F round = sizeof(F) == 4 ? F(12582912.0) : F(6755399441055744.0);  // 1.5 * 2^23, 1.5 * 2^52
-  const F big = round * (power_of_two(size) / 128), offset = (d + big) - big;
+  const F big = round * (power_of_two(size) / F(units)), offset = (d + big) - big;
   return offset - offset == 0 ? offset : F(0);  // not finite: a row with infinities or NaN
+}
+
+// s - t - offset, exact where s - t is near the offset: the larger of the two less the offset is then near the other, a number
+// of no more digits than the larger. by_student: |s| >= |t|. The units (row_offset's) are finer for it, since what the offset
+// leaves is in the mean, which is rounded; but not finer than the last digit of logits a hundred times as large, which another
+// part of the row may have.
+inline constexpr int kUnitsOfShift = 1 << 16;
+template <class Mask, class V, class F>
+KDFAST_INLINE V shifted_difference(Mask by_student, V s, V t, F offset) {
+  const V larger = by_student ? s : -t, other = by_student ? -t : s;
+  return (larger - offset) + other;
 }
 
 // What a row's logits are read with, from those at the teacher's largest and, at equal temperatures, the row's offset: that is

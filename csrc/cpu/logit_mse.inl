@@ -35,22 +35,27 @@ struct LogitDifference {
   // Whether a class takes part: not where both sides are at -inf.
   KDFAST_INLINE static IntOf<V> counts(V s, V t) { return (s != -inf) | (t != -inf); }
 
-  // The row's mean difference, and the offset that one side's logits are read with (kl_math.h): the mean, then the mean of what
-  // is left.
+  // A class's difference less the row's offset. Differences of sixteen-bit logits are exact without one.
+  static constexpr bool kSixteenBits = sizeof(S) == 2;
+  KDFAST_INLINE static V shifted(V s, V t, F offset) {
+    if constexpr (kSixteenBits) return s - t;
+    return math::shifted_difference(magnitude(s) >= magnitude(t), s, t, offset);
+  }
+
+  // The row's mean difference, in two parts: the offset (kl_math.h), and the mean of what that leaves.
   static void mean_difference(Pointer<const S> student, Pointer<const S> teacher, int64_t classes, F* stat) {
-    F s_offset = 0, t_offset = 0, mean = 0, count = 0;
+    F offset = 0, mean = 0, count = 0;
     for (int pass = 0; pass < 2; ++pass) {
       Sum<V> total;
-      V s_size{}, t_size{}, farthest{};
+      V size{}, farthest{};
       IntOf<V> counted{};
       const auto add = [&](int64_t i, auto lanes) {
         const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf);
         const auto in = counts(s, t);
-        const V left_or_nan = ((s - s_offset) - (t - t_offset)) - mean;
+        const V left_or_nan = pass == 0 ? s - t : shifted(s, t, offset) - mean;
         total += in ? left_or_nan : V{};
         counted -= in;
-        s_size = vmax(finite_magnitude(s), s_size);
-        t_size = vmax(finite_magnitude(t), t_size);
+        size = vmax(vmax(finite_magnitude(s), finite_magnitude(t)), size);
         farthest = vmax(in ? magnitude(left_or_nan) : V{}, farthest);
       };
       for_each_vector<V>(0, classes, add, total);
@@ -59,10 +64,7 @@ struct LogitDifference {
       const F left = total.value() / (count > 0 ? count : 1);
       mean += left;
       if (pass == 0) {
-        const F s_largest = largest(s_size), t_largest = largest(t_size);
-        const bool on_student = s_largest >= t_largest;
-        const F offset = math::row_offset(left, on_student ? s_largest : t_largest);
-        (on_student ? s_offset : t_offset) = on_student ? offset : -offset;
+        offset = kSixteenBits ? F(0) : math::row_offset(left, largest(size), math::kUnitsOfShift);
         mean -= offset;
       }
       if (largest(farthest) == inf) {  // infinite: around 0 so is the loss, and NaN only where a logit is NaN
@@ -70,8 +72,7 @@ struct LogitDifference {
         break;
       }
     }
-    stat[MseStat::s_offset] = s_offset;
-    stat[MseStat::t_offset] = t_offset;
+    stat[MseStat::offset] = offset;
     stat[MseStat::mean] = mean;
     stat[MseStat::inv_classes] = 1 / count;  // a row with no class left is NaN in the tau -> infinity limit, as at any tau
   }
@@ -101,7 +102,7 @@ struct LogitDifference {
         return pass<false, false>(args, r, weight, stat, hard);
       }
     }
-    const F mean = stat[MseStat::mean], s_offset = stat[MseStat::s_offset], t_offset = stat[MseStat::t_offset];
+    const F mean = stat[MseStat::mean], offset = stat[MseStat::offset];
     Pointer<const S> student = row_of<S>(args.student, r);
     Pointer<const S> teacher = row_of<S>(args.teacher, r);
     const GradientRow<S>& leading = for_teacher ? leading_row(grad_student, grad_teacher) : grad_student;
@@ -109,7 +110,7 @@ struct LogitDifference {
     Sum<V> total, total_slope;
     const auto add = [&](int64_t i, auto lanes, bool past_caches) {
       const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf);
-      const V difference_or_nan = ((s - s_offset) - (t - t_offset)) - mean;
+      const V difference_or_nan = shifted(s, t, offset) - mean;
       const V d = counts(s, t) ? difference_or_nan : V{};
       total += element.value(d);
       if constexpr (for_student || for_teacher || Element::kMeanSlope) {
