@@ -15,9 +15,10 @@
 //         near_limit below; else as written. m + KL is the better sum where the stable form is, R where the plain form is)
 //
 // The difference is taken before the division by tau, so that x is right to an ulp of the difference however large tau is. At
-// equal temperatures s_k - t_k is taken first, which is exact where the student is near the teacher; the offset, on one side
-// alone, is the row's shift between student and teacher (row_offset below), without which a shift of 100 costs the gradient six
-// bits; `centre` makes x zero at the teacher's largest logit, class j (on the CPU at the mean, where class j is far off that).
+// equal temperatures s_k - t_k is taken first, which is exact where the student is near the teacher; a shift of 100 between the
+// two would cost the gradient six bits: on the CPU what s_k - t_k loses is added again (shifted_difference below), in CUDA the
+// offset, on one side alone, is the row's shift (row_offset). `centre` makes x zero at the teacher's largest logit, class j (on
+// the CPU at the mean, where class j is far off that).
 // At two temperatures c t_k cannot be had exactly, and the offsets are s_j and t_j: the classes near the top, where the mass
 // is, then have the least error. centre is 0 there.
 #pragma once
@@ -33,6 +34,7 @@ namespace kdfast {
 // What a forward pass leaves for a backward pass, in this order, for each row. Where the loss is small a gradient needs p, q, m
 // and m + KL to full relative precision; the log-sum-exps alone (two numbers) would not give it.
 struct KlStat {
+  // (On the CPU, at equal temperatures: s_offset is the centre's low part, see shifted_difference.)
   enum { t_max, s_max, s_offset, t_offset, centre, mean, shift, inv_s0, inv_z, count };
 };
 
@@ -184,25 +186,27 @@ KDFAST_INLINE double power_of_two(double x) {
   return x;
 }
 
-// The shift `d` between student and teacher in units of 1 / `units` of the power of two at or below `size`, the largest finite
+// The shift `d` between student and teacher in units of 2^-7 of the power of two at or below `size`, the largest finite
 // magnitude of the logits. Being that coarse, its subtraction from a logit rounds nothing away but where it is far larger than
 // the logit, and a shift too small to matter is left alone (0).
 template <class F>
-KDFAST_INLINE F row_offset(F d, F size, int units = 128) {
+KDFAST_INLINE F row_offset(F d, F size) {
   constexpr F round = sizeof(F) == 4 ? F(12582912.0) : F(6755399441055744.0);  // 1.5 * 2^23, 1.5 * 2^52
-  const F big = round * (power_of_two(size) / F(units)), offset = (d + big) - big;
+  const F big = round * (power_of_two(size) / 128), offset = (d + big) - big;
   return offset - offset == 0 ? offset : F(0);  // not finite: a row with infinities or NaN
 }
 
-// s - t - offset, exact where s - t is near the offset: the larger of the two less the offset is then near the other, a number
-// of no more digits than the larger. by_student: |s| >= |t|. The units (row_offset's) are finer for it, since what the offset
-// leaves is in the mean, which is rounded; but not finer than the last digit of logits a hundred times as large, which another
-// part of the row may have.
-inline constexpr int kUnitsOfShift = 1 << 16;
-template <class Mask, class V, class F>
-KDFAST_INLINE V shifted_difference(Mask by_student, V s, V t, F offset) {
-  const V larger = by_student ? s : -t, other = by_student ? -t : s;
-  return (larger - offset) + other;
+// What the rounding of d = s - t loses (Knuth's two-sum). NaN where d is infinite.
+template <class V>
+KDFAST_INLINE V lost_by(V d, V s, V t) {
+  const V minus_t = d - s;
+  return (s - (d - minus_t)) - (t + minus_t);
+}
+// s - t - (offset + low) as if s - t were not rounded: what that loses is added where the offset has made room for it.
+template <class V, class F>
+KDFAST_INLINE V shifted_difference(V s, V t, F offset, F low) {
+  const V d = s - t, lost = lost_by(d, s, t), left = d - offset;
+  return lost == lost ? left + (lost - low) : left;
 }
 
 // What a row's logits are read with, from those at the teacher's largest and, at equal temperatures, the row's offset: that is

@@ -128,6 +128,11 @@ def transformed() -> bool:
     return _functorch_active() or forward_ad._current_level >= 0
 
 
+def exported_with_gradient(student: Tensor, teacher: Tensor) -> bool:
+    """Whether torch.export would keep the operator, which has no gradient by itself, in the place of a function that has one."""
+    return torch.compiler.is_exporting() and torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)
+
+
 def _watched() -> bool:
     """Whether anybody sees the operators that are called: a mode, the profiler, a tracer."""
     return bool(_dispatch_modes() or _function_modes() or _profiled() or _traced())

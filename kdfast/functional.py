@@ -317,10 +317,9 @@ def kd_loss(
     tau = _temperature("tau", tau)
     alpha = _number("alpha", alpha, "a number from 0 to 1", lambda x: 0 <= x <= 1)
     label_smoothing = _number("label_smoothing", label_smoothing, "a number from 0 to 1", lambda x: 0 <= x <= 1)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
+    ignore_index = _integer("ignore_index", ignore_index, "an int")
     if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must be an int of 64 bits; got {ignore_index}")
+        raise ValueError(f"ignore_index must be an int of 64 bits; got {_shown(ignore_index)}")
     _check_choice("soft", soft, SOFT)
     _check_flag("return_parts", return_parts)
     if (student_logits.dtype == torch.float64) != (teacher_logits.dtype == torch.float64):
@@ -369,19 +368,40 @@ def _number(name: str, value: object, taken: str, fits: Callable[[float], bool])
             raise ValueError(f"{name} gets no gradient; got a tensor that requires grad. Pass a number, or {name}.item()")
         raise TypeError(f"{name} must be a number, not a tensor (reading it would wait for the device); pass {name}.item()")
     if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
-        raise TypeError(f"{name} must be {taken}; got {type(value).__name__}")
+        raise TypeError(f"{name} must be {taken}; got {_type_of(value)}")
     try:
         number = float(value)
     except OverflowError:  # an int
         number = math.nan
     if not fits(number):
-        raise ValueError(f"{name} must be {taken}; got {value}")
+        raise ValueError(f"{name} must be {taken}; got {_shown(value)}")
     return number
+
+
+def _integer(name: str, value: object, taken: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
+        raise TypeError(f"{name} must be {taken}; got {_type_of(value)}")
+    return value if isinstance(value, (int, torch.SymInt)) else int(value)
+
+
+def _shown(value: object) -> str:
+    """A number as an error shows it."""
+    try:
+        text = str(value)
+    except ValueError:  # an int of more digits than Python prints
+        return "an int of thousands of digits"
+    return text if len(text) <= 50 else f"{text[:40]}..."
+
+
+def _type_of(value: object) -> str:
+    """A type's name as an error shows it: numpy's bool is none of Python's."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def _check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False; got {type(value).__name__}")
+        raise TypeError(f"{name} must be True or False; got {_type_of(value)}")
 
 
 def _check_choice(name: str, value: object, choices: Collection[str]) -> None:
@@ -441,7 +461,7 @@ def _call(
     if not teacher.is_contiguous() and teacher.stride(-1) != 1:
         teacher = teacher.contiguous()
     options = (row_weight, denominator, divisor, code, num_classes)
-    if backend == "reference" or _ops.transformed():
+    if backend == "reference" or _ops.transformed() or _ops.exported_with_gradient(student, teacher):
         if target is not None:
             _check_classes(target, student, options, parameters)
         values = loss.reference(student, teacher, *options, *_ops.given(target), *parameters)
@@ -549,11 +569,10 @@ def _check_num_classes(num_classes: int | None, student: Tensor, teacher: Tensor
             f"student_logits have {widths[0]} classes and teacher_logits {widths[1]}; "
             "pass num_classes to use the first num_classes columns of both (padded vocabularies)"
         )
-    if isinstance(num_classes, bool) or not isinstance(num_classes, (int, torch.SymInt)):
-        raise TypeError(f"num_classes must be an int or None; got {type(num_classes).__name__}")
+    num_classes = _integer("num_classes", num_classes, "an int or None")
     if not 1 <= num_classes <= min(widths):
         raise ValueError(
-            f"num_classes must be from 1 to the smaller width of the logits; got {num_classes} for "
+            f"num_classes must be from 1 to the smaller width of the logits; got {_shown(num_classes)} for "
             f"student_logits of {widths[0]} and teacher_logits of {widths[1]} classes"
         )
     return num_classes
@@ -564,7 +583,8 @@ def _check_row_weight(row_weight: Tensor, student: Tensor) -> Tensor:
         raise TypeError(f"row_weight must be a torch.Tensor or None; got {type(row_weight).__name__}")
     if row_weight.dtype != torch.bool and row_weight.dtype not in LOGIT_DTYPES:
         raise TypeError(
-            f"row_weight must be bool or a floating dtype; got {row_weight.dtype}. For an integer mask: mask.bool()"
+            "row_weight must be bool, float64, float32, bfloat16 or float16; "
+            f"got {row_weight.dtype}. For an integer mask: mask.bool()"
         )
     _check_dense("row_weight", row_weight)
     if row_weight.shape != student.shape[:-1]:
@@ -587,7 +607,7 @@ def _check_denominator(denominator: Number | Tensor, student: Tensor, reduction:
         if denominator.dim() != 0:
             raise ValueError(f"denominator must be a number or a 0-d tensor; got shape {tuple(denominator.shape)}")
         if denominator.dtype not in DENOMINATOR_DTYPES:
-            raise TypeError(f"denominator must have a floating dtype, int64 or int32; got {denominator.dtype}")
+            raise TypeError(f"denominator must be float64, float32, bfloat16, float16, int64 or int32; got {denominator.dtype}")
         if denominator.device != student.device:
             raise ValueError(f"denominator must be on the logits' device {student.device}; got {denominator.device}")
         if denominator.requires_grad:

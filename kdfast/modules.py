@@ -30,7 +30,8 @@ class _LogitLoss(nn.Module):
         }
 
     def extra_repr(self) -> str:
-        options = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "training"}
+        # (Not a method put on the instance, as wrappers of models do: its representation holds this one.)
+        options = {k: v for k, v in vars(self).items() if not (k.startswith("_") or k == "training" or callable(v))}
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 

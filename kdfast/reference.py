@@ -131,7 +131,7 @@ def _cross_entropy(s: Tensor, target: Tensor, counted: Tensor, smoothing: float)
     likely = s_target == largest
     d = s - torch.where(likely, s_target, largest).unsqueeze(-1)
     d_target = torch.where(masked, 0, d.gather(-1, index).squeeze(-1))
-    at_target = torch.arange(s.shape[-1], device=s.device) == index
+    at_target = torch.zeros_like(s, dtype=torch.bool).scatter(-1, index, True)
     others = torch.where(at_target, 0, d.exp()).sum(-1)
     # (d_target is 0 or NaN where the target is likely; its gradient would not be 0, but a difference that hides the others'.)
     likelihood = torch.where(likely, torch.log1p(others) - d_target.detach(), (others + d_target.exp()).log() - d_target)

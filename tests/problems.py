@@ -397,7 +397,7 @@ def _is_number(x: Any, low: float, high: float) -> bool:
 
 
 def _is_int(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
 def faults(loss: str, arguments: dict[str, Any]) -> set[str]:

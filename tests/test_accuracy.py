@@ -53,6 +53,9 @@ SIZES = {
 }
 
 
+ON_CPU = [place for place in places() if place.device == "cpu"]  # elsewhere: README, Limits
+
+
 def grid() -> list[Any]:
     """All of it for float32 and bf16; at K >= 32000 each other dtype pair meets one regime (the sums are long, the
     types have met them all)."""
@@ -240,7 +243,7 @@ def test_logits_far_below_zero(kernel: Where, shift: float, pair: str) -> None:
 
 
 @pytest.mark.parametrize("far", [32.0, 60.0, 83.0, 85.0, 88.0, 700.0, 1500.0])
-@pytest.mark.parametrize("place", [place for place in places() if place.device == "cpu"], ids=str)  # elsewhere: README, Limits
+@pytest.mark.parametrize("place", ON_CPU, ids=str)
 def test_flat_rows_whose_likeliest_class_is_far_off(place: Where, far: float) -> None:
     """The student has the teacher's likeliest class, of little mass, far below the others: around that class every difference is large,
     and its exponential may be infinite."""
@@ -264,6 +267,48 @@ def test_a_teacher_that_is_alike_in_every_class(kernel: Where) -> None:
         s = t + shift + noise * torch.randn(2, k, generator=torch.Generator().manual_seed(k))
         for dtype in (F32, BF16):
             check(kernel, "kl_div_tau", s, t.to(dtype), tau=20.0, grads="s", reduction="sum")
+
+
+@pytest.mark.parametrize("place", ON_CPU, ids=str)
+def test_a_constant_between_logits_of_both_signs(place: Where) -> None:
+    """Taken from one side's logits, the constant would make numbers of a binade higher out of half of them."""
+    sign = torch.tensor([1.0, -1.0]).repeat(4, 500)
+    for size, shift, apart, tau in ((8.36, 1, 0.01, 20.0), (8.36, -1, 0.1, 4.0), (40, 10, 0.1, 1e3), (0.5, 1e4, 0.02, 0.05)):
+        t = size * sign
+        s = (t.double() + shift + apart * torch.randn(t.shape, generator=torch.Generator().manual_seed(3), dtype=F64)).float()
+        for grads in ("s", "st"):
+            check(place, "kl_div_tau", s, t, tau=tau, grads=grads, reduction="sum")
+
+
+def test_a_teacher_that_is_alike_in_most_classes(kernel: Where) -> None:
+    """The same, times a mean that is large beside the loss."""
+    generator = torch.Generator().manual_seed(5)
+    for k, shift in ((1003, 10.0), (1003, 30.0), (10000, 5.0), (32000, 30.0)):
+        level = 8 * torch.rand(4, 1, generator=generator) - 4
+        t = torch.where(torch.rand(4, k, generator=generator) < 0.9, level, level - 20)
+        s = 0.75 * torch.randn(4, k, generator=generator) + level + shift
+        s = torch.where(t < level - 5, s - 20, s)
+        check(kernel, "kl_div_tau", s, t, tau=1.0, grads="s", reduction="sum")
+
+
+def where_a_row_is_sampled(k: int) -> torch.Tensor:
+    """The classes that csrc/cpu/kl_div_tau.inl looks at before it takes a row for a plain one."""
+    mask = torch.zeros(k, dtype=torch.bool)
+    for i in range(4):
+        mask[k // 4 * i : k // 4 * i + 16] = True
+    return mask
+
+
+@pytest.mark.parametrize("tau, rest, sampled", [(1, -100, -180), (2, -150, -270), (3, -100, -180), (4, -300, -500), (1, 30, 0)])
+def test_the_classes_that_are_sampled_lie_far_below(kernel: Where, tau: float, rest: float, sampled: float) -> None:
+    """Losses, hard parts and gradients, those by a large denominator too, whose factors are near the end of float32."""
+    offset = torch.where(where_a_row_is_sampled(1024), sampled, rest)
+    generator = torch.Generator().manual_seed(0)
+    t = tau * torch.randn(2, 1024, generator=generator)
+    s, t = t + tau * torch.randn(2, 1024, generator=generator) + offset, t + offset
+    for options in ({"denominator": 1e27}, {}):
+        check(kernel, "kl_div_tau", s, t, tau=tau, grads="s", reduction="sum", **options)
+        check(kernel, "kd_loss", s, t, tau=tau, alpha=0.5, grads="s", reduction="sum", **options)
 
 
 @pytest.mark.parametrize("far", [1e20, 1e30, 1e37])

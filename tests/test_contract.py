@@ -44,6 +44,32 @@ def test_export_leaves_the_batch_free(loss: str, strict: bool, backend: str) -> 
         check_loss(program.module()(s, t, *target), oracle(loss, s, t), (s, t))
 
 
+@pytest.mark.contract("`torch.export` of a training step")
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_export_keeps_the_gradient(loss: str, reduction: str, strict: bool) -> None:
+    """An exported operator is its forward alone: beside another loss its gradient would be missing without a word."""
+    s, t, *target = arguments(loss, 6)
+    layer = torch.nn.Linear(7, 7)
+
+    class Objective(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor, t: Tensor, *target: Tensor) -> Tensor:
+            z = self.layer(x)
+            return getattr(kdfast, loss)(z, t, *target, reduction=reduction).sum() + z.square().sum()
+
+    program = torch.export.export(Objective(), (s, t, *target), strict=strict).module()
+    gradients = []
+    for model in (program, Objective()):
+        model.zero_grad()
+        model(s, t, *target).backward()
+        gradients.append(dict(model.named_parameters())["layer.weight"].grad)
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.contract("no recompilation when only the batch changes")
 @pytest.mark.parametrize(
     "backend, reduction, grads",

@@ -241,6 +241,7 @@ def _train(rank: int, folder: str) -> None:
     """One of two processes: a gradient step of every loss and backend, by DistributedDataParallel and by FSDP2."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -258,6 +259,12 @@ def _train(rank: int, folder: str) -> None:
                     model(*shard)[index].backward()
                     gradients = [p.grad.full_tensor() if name == "fsdp" else p.grad for p in model.parameters()]  # type: ignore[union-attr,operator]
                     found[name, backend, case] = [gradient.clone() for gradient in gradients]
+        x, t, y = batch(8, 11, F64)
+        s = Student(11, F64).layer(x).detach()
+        for case in CASES:
+            rows = [distribute_tensor(each, init_device_mesh("cpu", (2,)), [Shard(0)]) for each in (s, t, y)]
+            ours(case, rows[0].requires_grad_(), *rows[1:], "reference").backward()
+            found["dtensor", case] = rows[0].grad.full_tensor()  # type: ignore[union-attr,attr-defined]
         if rank == 0:
             torch.save(found, f"{folder}/gradients.pt")
         dist.barrier()  # neither leaves while the other is still talking to it
@@ -296,6 +303,17 @@ def test_distributed_data_parallel(distributed: Any) -> None:
 @pytest.mark.contract("FSDP2 (`fully_shard`)", **EVERYWHERE)
 def test_fully_sharded_data_parallel(distributed: Any) -> None:
     _check_distributed(distributed, "fsdp")
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")
+@pytest.mark.contract("DTensor, sharded by rows", losses=LOSSES, backends=("reference",))
+def test_dtensor(distributed: Any) -> None:
+    x, t, y = batch(8, 11, F64)
+    for case in CASES:
+        s = Student(11, F64).layer(x).detach().requires_grad_()
+        theirs(case, s, t, y).backward()
+        assert s.grad is not None
+        near(distributed["dtensor", case], s.grad, 1e-12)
 
 
 # ----------------------------------------------------------------------------------------------- threads and processes

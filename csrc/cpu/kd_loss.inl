@@ -136,12 +136,14 @@ struct HardPart {
     others = again.value();
     at_target = number;
   }
-  // The same of a plain row, or false: its exponentials are not within what their powers can show.
+  // The same of a plain row, or false: its exponentials are not within what their powers can show. (An origin is a rounded
+  // exponent, but where it lies too far off: then the unit tells nothing, or is infinite.)
+  static constexpr F kMostUnit = 8;  // 2^(1/2) to the power of 4, and room
   template <class Order>
   bool finish_plain_row(Sums& sums, F* kept_v, F* kept_e, Order order) {
     if (!counts) return true;
     const F z = degree > 0 ? finish_row(sums, kept_v, order, OfPowers{degree}) : finish_row(sums, kept_e, order);
-    return z < PowersFrom::kMostSquares && z >= kLeastSum;
+    return z < PowersFrom::kMostSquares && z >= kLeastSum && unit >= 1 / kMostUnit && unit <= kMostUnit;
   }
   // Returns the sum of the exponentials, in their own units. Where they are kept themselves, puts in the target's place what
   // the gradient's formula makes into the gradient there.
@@ -156,9 +158,10 @@ struct HardPart {
     others *= unit;
     const F z = others + e_target;
     const F gap = stat[HardStat::s_max] - sums.target_s;
-    // The loss of a likely target is small, and log z and the gap are not.
+    // The loss of a likely target is small, and log z and the gap are not; nor where a plain row's s_max lies far below the
+    // rest.
     const bool likely = others < e_target;
-    loss = likely ? math::log1p(others / e_target) : math::log(z) + gap;
+    loss = likely ? math::log1p(others / e_target) : gap < 0 ? F(math::log(double(z)) + gap) : math::log(z) + gap;
     const F log_z = likely ? loss - gap : math::log(z);
     if (smooths) loss = (1 - smoothing) * loss + smoothing * (log_z + sums.below_max.value() / F(classes));
     stat[HardStat::inv_z] = 1 / z;

@@ -41,7 +41,6 @@ struct KlRow {
   int64_t classes = 0;
   F stat[KlStat::count] = {};
   F rest = 0;                                        // of the plain form
-  F teacher_size = 0;                                // its largest finite magnitude among the classes that have mass
   F s0 = 0, s1 = 0, z = 0, excess = 0;               // the sums of w, w x, v and w phi(x)
   F kl = 0, exp_of_shift = 0;                        // e^-shift, of a narrow row
   F ww = 0;                                          // of a plain row: the sum of w^2
@@ -56,6 +55,7 @@ struct KlRow {
   // Student and teacher are not near each other, nothing is masked and no power too large: then loss and gradient lose nothing
   // in the plain form, which needs no maximum before the sums.
   bool plain = false;
+  bool shifted = false;    // a constant between the two sides, larger than all differences from it
   bool recentred = false;  // x is zero at the mean, not at class j
   bool infinite = false;   // the student is at -inf where the teacher is not, be the mass there too small for a float
 
@@ -84,13 +84,14 @@ struct KlRow {
   KDFAST_INLINE V student_weight(V s) const {  // v
     return exp2_nonpositive((s - stat[KlStat::s_max]) * k.student_log2);
   }
+  // s - t - (centre + low). (Differences of sixteen-bit logits are exact, and low is 0.)
+  static KDFAST_INLINE V centred(V s, V t, F centre, F low) {
+    if constexpr (kSixteenBits) return (s - t) - centre;
+    return math::shifted_difference(s, t, centre, low);
+  }
   KDFAST_INLINE V difference(V s, V t) const {  // x
     if (!k.equal) return ((s - stat[KlStat::s_offset]) - k.ratio * (t - stat[KlStat::t_offset])) * k.inv_tau;
-    if constexpr (!kSixteenBits) {  // differences of sixteen-bit logits are exact without an offset
-      s -= stat[KlStat::s_offset];
-      t -= stat[KlStat::t_offset];
-    }
-    return ((s - t) - stat[KlStat::centre]) * k.inv_tau;
+    return centred(s, t, stat[KlStat::centre], stat[KlStat::s_offset]) * k.inv_tau;
   }
 
   // The two tensors' powers in a plain row. The exponents are those of one temperature, log2(e) / student_log2, to the last
@@ -108,7 +109,10 @@ struct KlRow {
   // Of a plain row's loss (finish_plain_row), relative: the error of a sum of many classes' terms, and, four times the usual
   // one, that of one class's (whose exponent is rounded where the multiply-adds are not fused); its share of the budget.
   static constexpr double kBias = 2e-8, kBudget = 2.5e-6, kLeastGradient = kFused ? 0.15 : 0.3;
-  static constexpr double kLeastUneven = 1.0001;  // K sum p^2, which is 1 where all are alike
+  // Of the mean: where most classes have the same w, all partial sums of those may be rounded the same way.
+  static constexpr double kBiasOfMean = 1.5e-7;
+  static constexpr F kLeastFactor = F(0x1p-100f);  // of the powers in a gradient
+  static constexpr double kLeastUneven = 1.0001;   // K sum p^2, which is 1 where all are alike
   double error_of_one() const { return is_precise() ? 2.2e-7 : kFused ? 4e-7 : 8e-7; }
   // The variance of the classes' differences, in units of tau, that such a row has where the logits are ordinary: twice its
   // loss, and about the square of its gradient.
@@ -221,7 +225,8 @@ struct KlRow {
     const double mean_d = exact_s1 * inv_s0, mean = mean_d * inv_tau;
     const double log_ratio = math::log(exact_z * inv_s0) + ln_2_exactly * (powers.student.origin - powers.teacher.origin);
     const double loss = log_ratio - mean, of_p = ww * inv_s0 * inv_s0;  // sum p^2
-    const double error = (kBias + error_of_one() * __builtin_sqrtf(F(of_p))) * (1 + (mean < 0 ? -mean : mean));
+    const double size_of_mean = mean < 0 ? -mean : mean;
+    const double error = (kBias + error_of_one() * __builtin_sqrtf(F(of_p))) * (1 + size_of_mean) + kBiasOfMean * size_of_mean;
     // sum (q - p)^2, of which the leading vectors have their share: at the worst it is half of this.
     const double of_leaders = (leading_vv * inv_z - 2 * leading_wv * inv_s0) * inv_z + leading_ww * inv_s0 * inv_s0;
     const double of_gradient = Order::kVectors * of_leaders;
@@ -230,6 +235,12 @@ struct KlRow {
     if (of_p * double(classes) < kLeastUneven) return false;
     kl = F(loss);
     return true;
+  }
+
+  // Whether a gradient's factor of the powers, were it to be divided by a sum, would leave the normal numbers.
+  bool underflows(F factor) const {
+    const F size = factor < 0 ? -factor : factor;
+    return size != 0 && (size < kLeastFactor * s0 || size < kLeastFactor * z);
   }
 
   // The pass for the maxima, and what follows from them. Fetches another row's teacher.
@@ -248,49 +259,39 @@ struct KlRow {
       d_min = vmin(d, d_min);
     });
     const bool masked = any((d_min == -inf) | (t_min == -inf));
-    const F s_top = largest(s_max), t_j = largest(t_max), t_low = -largest(-t_min);
-    // Of the teacher alone: where the student's is another, what the offset could round away is small beside the differences.
-    V size = vmax(finite_magnitude(t_max), finite_magnitude(t_min));
-    // (Where none is twice as large as the teacher's largest, the row's size is right but for a factor of 2: at a low
-    // temperature many classes have no mass.)
-    const bool masked_by_number =
-        !kSixteenBits && (t_low - t_j) * k.teacher_log2 < F(VecOf<F>::lowest) && t_low * t_low > 4 * t_j * t_j;
-    if (masked || masked_by_number) infinite = survey_masked(t_j, size);
+    const F s_top = largest(s_max), t_j = largest(t_max);
+    if (masked) infinite = masks_more();
     F s_j = largest(t_max == t_j ? s_at_t_max : splat<V>(-inf));
     if (s_j == -inf)
       s_j = k.ratio * t_j;  // the loss is infinite (the teacher has mass there): any finite reference will show it
     stat[KlStat::t_max] = t_j;
     stat[KlStat::s_max] = s_top == -inf ? 0 : s_top;
-    teacher_size = largest(size);
     set_origin(s_j, t_j);
-    rest = (stat[KlStat::s_max] - s_j) * k.inv_tau;
     const F reach = kNarrow / k.inv_tau, d_j = s_j - t_j;
     // (Beyond kMostFolded the rounding of the folded constant would not be small against 1.)
     folded_t_max = t_j * k.teacher_log2;
     narrow = k.equal && !masked && (t_j + largest(-t_min)) * k.teacher_log2 < F(kShortExp2Limit) &&
              folded_t_max * folded_t_max < kMostFolded * kMostFolded &&
              !any(vmax(d_max - d_j, d_j - d_min) <= reach ? IntOf<V>{} : ~IntOf<V>{});
+    shifted = !kSixteenBits && !any(vmax(d_max - d_j, d_j - d_min) >= (d_j < 0 ? -d_j : d_j));
     if (narrow && kFused) w_excess = F(__builtin_fma(t_j, k.teacher_log2, -folded_t_max));
   }
 
-  // x is zero where the logits are these.
+  // x is zero where the logits are these. (At equal temperatures, which need no offset, s_offset is `low`.)
   void set_origin(F s, F t) {
-    const F offset = kSixteenBits || !k.equal ? F(0) : math::row_offset(s - t, teacher_size);
-    const auto origin = math::origin(k.equal, s, t, offset);
-    stat[KlStat::s_offset] = origin.s_offset;
-    stat[KlStat::t_offset] = origin.t_offset;
-    stat[KlStat::centre] = origin.centre;
+    const F lost = math::lost_by(s - t, s, t), low = kSixteenBits || !(lost == lost) ? 0 : lost;
+    stat[KlStat::s_offset] = k.equal ? low : s;
+    stat[KlStat::t_offset] = k.equal ? 0 : t;
+    stat[KlStat::centre] = k.equal ? s - t : 0;
+    rest = difference(splat<V>(stat[KlStat::s_max]), splat<V>(stat[KlStat::t_max]))[0];
   }
 
-  // A row with classes at -inf, or at large numbers in its place: the teacher's largest finite magnitude among the others, and
-  // whether the student masks more than the teacher.
-  __attribute__((noinline)) bool survey_masked(F t_j, V& size) const {
+  // Whether the student masks classes that the teacher does not.
+  __attribute__((noinline)) bool masks_more() const {
     V missing = splat<V>(-inf);
-    size = V{};
     for_each_vector<V>(0, classes, [&](int64_t i, auto lanes) {
       const V s = student_logits(i, lanes), t = teacher_logits(i, lanes);
       missing = vmax(s == -inf ? t : splat<V>(-inf), missing);
-      size = vmax((t - t_j) * k.teacher_log2 < F(VecOf<F>::lowest) ? V{} : finite_magnitude(t), size);
     });
     return largest(missing) > -inf;
   }
@@ -298,7 +299,7 @@ struct KlRow {
   // A narrow row's weights, with its constants where no store can touch them.
   struct NarrowWeights {
     Pointer<const S> student, teacher;
-    F teacher_log2, inv_tau, t_max, folded_t_max, s_offset, t_offset, centre;
+    F teacher_log2, inv_tau, t_max, folded_t_max, centre, low;
     bool shifted;
 
     explicit NarrowWeights(const KlRow& row)
@@ -308,20 +309,18 @@ struct KlRow {
           inv_tau(row.k.inv_tau),
           t_max(row.stat[KlStat::t_max]),
           folded_t_max(row.folded_t_max),
-          s_offset(row.stat[KlStat::s_offset]),
-          t_offset(row.stat[KlStat::t_offset]),
           centre(row.stat[KlStat::centre]),
-          shifted(!kSixteenBits && (s_offset != 0 || t_offset != 0)) {}
+          low(row.stat[KlStat::s_offset]),
+          shifted(row.shifted) {}
 
     template <class Lanes>
     KDFAST_INLINE void read(int64_t i, Lanes lanes, V& w, V& x) const {
       if constexpr (sizeof(F) == 4) {
         const V s = load<V>(student + i, lanes, 0), t = load<V>(teacher + i, lanes, t_max);
-        V d = s - t;
-        if (shifted) d = (s - s_offset) - (t - t_offset);
+        const V d = shifted ? centred(s, t, centre, low) : (s - t) - centre;
         w = short_exp2(kFused ? multiply_subtract(t, teacher_log2, folded_t_max) : (t - t_max) * teacher_log2);
         w = only(lanes, w);
-        x = only(lanes, (d - centre) * inv_tau);
+        x = only(lanes, d * inv_tau);
       }
     }
     // w, and u = w (e^x - 1) from the series.
@@ -449,7 +448,6 @@ struct KlRow {
   void recentre() {
     const F mean = stat[KlStat::mean], t_j = stat[KlStat::t_max], s_j = stat[KlStat::s_max] - rest / k.inv_tau;
     set_origin(s_j + mean / k.inv_tau, t_j);
-    rest = difference(splat<V>(stat[KlStat::s_max]), splat<V>(t_j))[0];
     narrow = false;  // the differences may be twice as large
     recentred = true;
   }
@@ -872,9 +870,16 @@ struct KlDivTau {
         rows[i].find_reference(rows[i].teacher);
         find_sums(i);
       };
+      const auto underflows = [&](int64_t i) {
+        if (args.grad_student.data == nullptr) return false;
+        const F given = args.grad_loss.at(first + i, F(1)) * weight[i];
+        if constexpr (Hard::kStats > 0)
+          if (rows[i].underflows(given * F(args.hard_grad_scale))) return true;
+        return rows[i].underflows(given * F(args.grad_scale) * F(args.scale / args.tau));
+      };
       const auto finish = [&](int64_t i) {
         if (rows[i].plain) {
-          if (rows[i].finish_plain_row()) return;
+          if (rows[i].finish_plain_row() && !underflows(i)) return;
           read_again(i);
         }
         if (rows[i].finish_row()) return;

@@ -35,40 +35,34 @@ struct LogitDifference {
   // Whether a class takes part: not where both sides are at -inf.
   KDFAST_INLINE static IntOf<V> counts(V s, V t) { return (s != -inf) | (t != -inf); }
 
-  // A class's difference less the row's offset. Differences of sixteen-bit logits are exact without one.
+  // A class's difference less the row's mean, most of which is the offset. (Those of sixteen-bit logits are exact.)
   static constexpr bool kSixteenBits = sizeof(S) == 2;
-  KDFAST_INLINE static V shifted(V s, V t, F offset) {
-    if constexpr (kSixteenBits) return s - t;
-    return math::shifted_difference(magnitude(s) >= magnitude(t), s, t, offset);
+  KDFAST_INLINE static V centred(V s, V t, F offset, F mean) {
+    if constexpr (kSixteenBits) return ((s - t) - offset) - mean;
+    return math::shifted_difference(s, t, offset, mean);
   }
 
-  // The row's mean difference, in two parts: the offset (kl_math.h), and the mean of what that leaves.
+  // The row's mean difference, in two parts: the offset, and the mean of what that leaves.
   static void mean_difference(Pointer<const S> student, Pointer<const S> teacher, int64_t classes, F* stat) {
     F offset = 0, mean = 0, count = 0;
     for (int pass = 0; pass < 2; ++pass) {
       Sum<V> total;
-      V size{}, farthest{};
+      V farthest{};
       IntOf<V> counted{};
       const auto add = [&](int64_t i, auto lanes) {
         const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf);
         const auto in = counts(s, t);
-        const V left_or_nan = pass == 0 ? s - t : shifted(s, t, offset) - mean;
+        const V left_or_nan = pass == 0 ? s - t : centred(s, t, offset, 0);
         total += in ? left_or_nan : V{};
         counted -= in;
-        size = vmax(vmax(finite_magnitude(s), finite_magnitude(t)), size);
         farthest = vmax(in ? magnitude(left_or_nan) : V{}, farthest);
       };
       for_each_vector<V>(0, classes, add, total);
       count = 0;
       for (int lane = 0; lane < kLanes<V>; ++lane) count += F(counted[lane]);
-      const F left = total.value() / (count > 0 ? count : 1);
-      mean += left;
-      if (pass == 0) {
-        offset = kSixteenBits ? F(0) : math::row_offset(left, largest(size), math::kUnitsOfShift);
-        mean -= offset;
-      }
+      (pass == 0 ? offset : mean) = total.value() / (count > 0 ? count : 1);
       if (largest(farthest) == inf) {  // infinite: around 0 so is the loss, and NaN only where a logit is NaN
-        mean = 0;
+        offset = mean = 0;
         break;
       }
     }
@@ -110,7 +104,7 @@ struct LogitDifference {
     Sum<V> total, total_slope;
     const auto add = [&](int64_t i, auto lanes, bool past_caches) {
       const V s = load<V>(student + i, lanes, -inf), t = load<V>(teacher + i, lanes, -inf);
-      const V difference_or_nan = shifted(s, t, offset) - mean;
+      const V difference_or_nan = centred(s, t, offset, mean);
       const V d = counts(s, t) ? difference_or_nan : V{};
       total += element.value(d);
       if constexpr (for_student || for_teacher || Element::kMeanSlope) {

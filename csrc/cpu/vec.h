@@ -118,12 +118,6 @@ template <class V>
 KDFAST_INLINE V magnitude(V x) {
   return (V)((IntOf<V>)x & ~(IntOf<V>)splat<V>(ScalarOf<V>(-0.0)));
 }
-// 0 for an infinity or NaN.
-template <class V>
-KDFAST_INLINE V finite_magnitude(V x) {
-  const V size = magnitude(x);
-  return size < ScalarOf<V>(__builtin_inf()) ? size : V{};
-}
 // Lane i with lane i + n / 2, then the same for the lower half: always in the same order.
 template <class V, class Op>
 KDFAST_INLINE ScalarOf<V> reduce(V v, Op op) {

@@ -33,16 +33,11 @@ struct Square {
   __device__ __forceinline__ F slope(F d) const { return d; }
 };
 
-// A class's difference less the row's offset.
-template <class F>
-__device__ __forceinline__ F shifted(F s, F t, F offset) {
-  return math::shifted_difference(fabs(s) >= fabs(t), s, t, offset);
-}
 // d = s - t less its mean, most of which is the offset.
 struct Difference {
   float offset, mean;
 
-  __device__ __forceinline__ float operator()(float s, float t) const { return shifted(s, t, offset) - mean; }
+  __device__ __forceinline__ float operator()(float s, float t) const { return math::shifted_difference(s, t, offset, mean); }
 };
 
 struct Partial {
@@ -240,7 +235,7 @@ struct Centred : LogitDifference<Square<float>> {
   static constexpr int kHeld = 4, kHeldFloat = 5, kHeldForward = 5, kShared = 0, kBlocks = 1;
 
   struct Shared {
-    float size[kMostWarps][1], sums[2][kMostWarps][2], total[kMostWarps][1];
+    float sums[2][kMostWarps][2], total[kMostWarps][1];
   };
 
   template <class H, bool wants_gradient, bool for_teacher>
@@ -293,9 +288,6 @@ struct Centred : LogitDifference<Square<float>> {
 
    private:
     __device__ __forceinline__ void find_mean(const Team& team, const Slice& slice, Partial& partial, Shared& shared) const {
-      float size[1] = {0};
-      for_each(slice, [&](int, float sk, float tk) { size[0] = finite_larger(finite_larger(size[0], sk), tk); });
-      cuda::reduce<Max>(team, size, shared.size);
       // The mean, and the offset that most of it becomes; then the mean of what is left.
 #pragma unroll 1
       for (int pass = 0; pass < 2; ++pass) {
@@ -306,12 +298,8 @@ struct Centred : LogitDifference<Square<float>> {
         });
         cuda::reduce<Sum>(team, sums, shared.sums[pass]);
         const float left = sums[0] / fmaxf(sums[1], 1);
-        partial.d.mean += left;
+        (pass == 0 ? partial.d.offset : partial.d.mean) = left;
         partial.count = sums[1];
-        if (pass == 0) {
-          partial.d.offset = math::row_offset(left, size[0], math::kUnitsOfShift);
-          partial.d.mean -= partial.d.offset;
-        }
       }
     }
     // f(place in its vector, student's logit, teacher's logit)
@@ -381,7 +369,7 @@ struct PassedRow {
   static constexpr int kStats = Stat::count;
   F stat[Stat::count] = {};
   struct Shared {
-    F sizes[kMostWarps][1], sums[2][kMostWarps][3], totals[kMostWarps][2];
+    F sums[2][kMostWarps][3], totals[kMostWarps][2];
   };
 
   __device__ PassedRow(const Args& args, int64_t row) : args(args), element(args) {
@@ -391,7 +379,7 @@ struct PassedRow {
   }
   __device__ F s(int64_t k) const { return load_one<F>(student, args.student.dtype, k); }
   __device__ F t(int64_t k) const { return load_one<F>(teacher, args.teacher.dtype, k); }
-  __device__ F d(F s, F t) const { return shifted(s, t, stat[Stat::offset]) - stat[Stat::mean]; }
+  __device__ F d(F s, F t) const { return math::shifted_difference(s, t, stat[Stat::offset], stat[Stat::mean]); }
   __device__ F scale() const { return F(args.scale) * (args.per_class ? stat[Stat::inv_classes] : F(1)); }
   // value(d) and slope(d) of a class
   template <class Function>
@@ -406,10 +394,7 @@ struct PassedRow {
     return F(0);
   }
 
-  __device__ void find_mean(const Team& team, F (&sizes)[kMostWarps][1], F (&shared)[2][kMostWarps][3]) {
-    F size[1] = {0};
-    for (int64_t k = team.lane; k < args.classes; k += team.size) size[0] = finite_larger(finite_larger(size[0], s(k)), t(k));
-    cuda::reduce<Max>(team, size, sizes);
+  __device__ void find_mean(const Team& team, F (&shared)[2][kMostWarps][3]) {
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
       F sums[3] = {0, 0, 0};
@@ -425,18 +410,14 @@ struct PassedRow {
         return;
       }
       const F left = sums[0] / (sums[1] > 0 ? sums[1] : 1);
-      stat[Stat::mean] += left;
+      stat[pass == 0 ? Stat::offset : Stat::mean] = left;
       stat[Stat::inv_classes] = 1 / sums[1];
-      if (pass == 0) {
-        stat[Stat::offset] = math::row_offset(left, size[0], math::kUnitsOfShift);
-        stat[Stat::mean] -= stat[Stat::offset];
-      }
     }
   }
 
   // The statistics; returns the sum of the values.
   __device__ __forceinline__ F reduce(const Team& team, Shared& shared) {
-    if (args.center || args.per_class) find_mean(team, shared.sizes, shared.sums);
+    if (args.center || args.per_class) find_mean(team, shared.sums);
     F total[2] = {0, 0};
     for_each(team, [&](int64_t, F value, F slope) {
       total[0] += value;

@@ -118,9 +118,9 @@ def power_of_two(x):
 
 
 @triton.jit
-def row_offset(d, magnitude, UNITS: tl.constexpr):
-    """The shift d in units of 1 / UNITS of the power of two at or below `magnitude`; 0 where that is not finite."""
-    unit = power_of_two(magnitude) * (1.0 / UNITS)
+def row_offset(d, magnitude):
+    """The shift d in units of 2^-7 of the power of two at or below `magnitude`; 0 where that is not finite."""
+    unit = power_of_two(magnitude) * 0.0078125
     if d.dtype == tl.float64:
         big = unit * 6755399441055744.0
     else:
@@ -177,7 +177,7 @@ def frame_of_tile(s, t, temps, READ: tl.constexpr):
     elif READ == "shifted":
         # A large number in the place of -inf has no mass, and does not count.
         offset = row_offset(
-            s_j - t_max, tl.maximum(largest_finite(tl.where(w > 0.0, s, 0.0)), largest_finite(tl.where(w > 0.0, t, 0.0))), 128
+            s_j - t_max, tl.maximum(largest_finite(tl.where(w > 0.0, s, 0.0)), largest_finite(tl.where(w > 0.0, t, 0.0)))
         )
         on_student = tl.abs(s_j) >= tl.abs(t_max)
         s_offset, t_offset = tl.where(on_student, offset, 0.0), tl.where(on_student, 0.0, -offset)

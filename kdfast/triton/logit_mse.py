@@ -25,7 +25,7 @@ from kdfast.triton.cross_entropy import (
     target_of,
     with_hard,
 )
-from kdfast.triton.kl_math import largest_finite, number, row_offset, zero_if_masked
+from kdfast.triton.kl_math import number, zero_if_masked
 from kdfast.triton.launch import (
     IN_L2,
     Call,
@@ -47,7 +47,6 @@ from kdfast.triton.launch import (
 )
 
 STATS = 3  # MseStat of csrc/kl_math.h: offset, mean, 1 / classes counted; with `center` only
-UNITS_OF_SHIFT = tl.constexpr(65536)  # kUnitsOfShift there
 
 # KIND, the function of the differences that is summed, and which constant factor it leaves to `scale`:
 #   "square"     d^2
@@ -96,8 +95,11 @@ def _differences(s, t, offset):
     if offset is None:
         d = s - t
     else:
-        by_student = tl.abs(s) >= tl.abs(t)
-        d = (tl.where(by_student, s, -t) - offset[:, None]) + tl.where(by_student, -t, s)
+        d = s - t
+        minus_t = d - s
+        lost = (s - (d - minus_t)) - (t + minus_t)
+        d -= offset[:, None]
+        d = tl.where(lost == lost, d + lost, d)
     return tl.where(counts, d, 0.0), counts
 
 
@@ -110,10 +112,9 @@ def _sum_of(d, counts):
 
 @triton.jit
 def _offset(s, t, F: tl.constexpr):
-    """The mean difference, rounded to a few digits."""
+    """The mean difference, which needs no more digits than it has: what it leaves has a mean of its own."""
     d, counts = _differences(s, t, None)
-    mean = _sum_of(d, counts) / tl.maximum(tl.sum(counts.to(F), 1), 1.0)
-    return row_offset(mean, tl.maximum(largest_finite(s), largest_finite(t)), UNITS_OF_SHIFT)
+    return _sum_of(d, counts) / tl.maximum(tl.sum(counts.to(F), 1), 1.0)
 
 
 @triton.jit
