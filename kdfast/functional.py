@@ -381,7 +381,7 @@ def _number(name: str, value: object, taken: str, fits: Callable[[float], bool])
 def _integer(name: str, value: object, taken: str) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
         raise TypeError(f"{name} must be {taken}; got {_type_of(value)}")
-    return value if isinstance(value, (int, torch.SymInt)) else int(value)
+    return value if isinstance(value, (int, torch.SymInt)) else int(value)  # type: ignore[return-value]
 
 
 def _shown(value: object) -> str:
