@@ -98,8 +98,7 @@ def _differences(s, t, offset):
         d = s - t
         minus_t = d - s
         lost = (s - (d - minus_t)) - (t + minus_t)
-        d -= offset[:, None]
-        d = tl.where(lost == lost, d + lost, d)
+        d = (d - offset[:, None]) + tl.where(lost == lost, lost, 0.0)  # (NaN where d is infinite)
     return tl.where(counts, d, 0.0), counts
 
 
