@@ -39,7 +39,7 @@ struct KlStat {
 };
 
 struct MseStat {
-  enum { offset, mean, inv_classes, count };
+  enum { s_offset, t_offset, mean, inv_classes, count };  // (on the CPU s_offset is that of the difference, t_offset 0)
 };
 
 struct HuberStat : MseStat {

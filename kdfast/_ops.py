@@ -59,16 +59,16 @@ def _kl_div_tau(namespace: str) -> Loss:
 
 
 def _logit_mse(namespace: str) -> Loss:
-    return _loss(namespace, "logit_mse", lambda center, tau_limit: 3 if center else 0, reference.logit_mse)
+    return _loss(namespace, "logit_mse", lambda center, tau_limit: 4 if center else 0, reference.logit_mse)
 
 
 def _logit_huber(namespace: str) -> Loss:
-    return _loss(namespace, "logit_huber", lambda delta, smooth_l1, center: 4 if center else 0, reference.logit_huber)
+    return _loss(namespace, "logit_huber", lambda delta, smooth_l1, center: 5 if center else 0, reference.logit_huber)
 
 
 def _kd_loss(namespace: str) -> Loss:
     def row_stats(target: Tensor, tau: float, alpha: float, soft: int, ignore_index: int, label_smoothing: float) -> int:
-        return 3 + (9 if soft == 0 else 3)
+        return 3 + (9 if soft == 0 else 4)
 
     return _loss(namespace, "kd_loss", row_stats, reference.kd_loss, values=3)
 

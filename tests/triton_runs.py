@@ -573,7 +573,7 @@ def compiled_graph() -> None:
     for loss, extra, numbers in (
         ("kl_div_tau", (4.0, 4.0, True), 9),
         ("kd_loss", (target, 4.0, 0.9, 0, -100, 0.1), 12),
-        ("kd_loss", (target, 1.0, 0.9, 1, -100, 0.1), 6),
+        ("kd_loss", (target, 1.0, 0.9, 1, -100, 0.1), 7),
     ):
         of_kind = {
             kind: getattr(torch.ops.kdfast_triton, f"{loss}_{kind}").default
@@ -721,8 +721,8 @@ def compile_for(capability: int) -> None:
                 range(3 if capability == 90 and dtype != torch.float64 else 1),
                 (
                     ("kl_div_tau", (4.0, 4.0, True), 9),
-                    ("logit_mse", (True, True), 3),
-                    ("logit_huber", (1.0, False, True), 4),
+                    ("logit_mse", (True, True), 4),
+                    ("logit_huber", (1.0, False, True), 5),
                     ("kd_loss", (torch.zeros(4, dtype=torch.int64), 4.0, 0.9, 0, -100, 0.1), 12),
                     ("kd_loss", (torch.zeros(4, dtype=torch.int64), 4.0, 0.9, 1, -100, 0.1), 7),
                 ),

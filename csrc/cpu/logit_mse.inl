@@ -66,7 +66,8 @@ struct LogitDifference {
         break;
       }
     }
-    stat[MseStat::offset] = offset;
+    stat[MseStat::s_offset] = offset;
+    stat[MseStat::t_offset] = 0;
     stat[MseStat::mean] = mean;
     stat[MseStat::inv_classes] = 1 / count;  // a row with no class left is NaN in the tau -> infinity limit, as at any tau
   }
@@ -96,7 +97,7 @@ struct LogitDifference {
         return pass<false, false>(args, r, weight, stat, hard);
       }
     }
-    const F mean = stat[MseStat::mean], offset = stat[MseStat::offset];
+    const F mean = stat[MseStat::mean], offset = stat[MseStat::s_offset];
     Pointer<const S> student = row_of<S>(args.student, r);
     Pointer<const S> teacher = row_of<S>(args.teacher, r);
     const GradientRow<S>& leading = for_teacher ? leading_row(grad_student, grad_teacher) : grad_student;

@@ -33,11 +33,15 @@ struct Square {
   __device__ __forceinline__ F slope(F d) const { return d; }
 };
 
-// d = s - t less its mean, most of which is the offset.
+// d = (s - s_offset) - (t - t_offset) less its mean. The offset, on the side with the larger logits, carries most of it.
 struct Difference {
-  float offset, mean;
+  float s_offset, t_offset, mean;
 
-  __device__ __forceinline__ float operator()(float s, float t) const { return math::shifted_difference(s, t, offset, mean); }
+  __device__ __forceinline__ float operator()(float s, float t) const { return ((s - s_offset) - (t - t_offset)) - mean; }
+  // What this one's zero is in the other's terms, but for the mean.
+  __device__ __forceinline__ float from(const Difference& other) const {
+    return (s_offset - other.s_offset) - (t_offset - other.t_offset);
+  }
 };
 
 struct Partial {
@@ -82,7 +86,8 @@ struct LogitDifference {
     return weight == 0 ? 0.f : row.total * scale * weight;
   }
   static __device__ __forceinline__ void store_stats(const Row& row, float* stat) {
-    stat[MseStat::offset] = row.d.offset;
+    stat[MseStat::s_offset] = row.d.s_offset;
+    stat[MseStat::t_offset] = row.d.t_offset;
     stat[MseStat::mean] = row.d.mean;
     stat[MseStat::inv_classes] = row.inv_classes;
   }
@@ -98,7 +103,7 @@ struct LogitDifference {
     __device__ __forceinline__ Backward(const Parameters& p, const float* stat, float given) {
       float inv_classes = 1;
       if (stat != nullptr) {
-        d = {stat[MseStat::offset], stat[MseStat::mean]};
+        d = {stat[MseStat::s_offset], stat[MseStat::t_offset], stat[MseStat::mean]};
         inv_classes = stat[MseStat::inv_classes];
       }
       factor = p.gradient_factor(given, inv_classes);
@@ -235,7 +240,7 @@ struct Centred : LogitDifference<Square<float>> {
   static constexpr int kHeld = 4, kHeldFloat = 5, kHeldForward = 5, kShared = 0, kBlocks = 1;
 
   struct Shared {
-    float sums[2][kMostWarps][2], total[kMostWarps][1];
+    float size[kMostWarps][2], sums[2][kMostWarps][2], total[kMostWarps][1];
   };
 
   template <class H, bool wants_gradient, bool for_teacher>
@@ -288,6 +293,12 @@ struct Centred : LogitDifference<Square<float>> {
 
    private:
     __device__ __forceinline__ void find_mean(const Team& team, const Slice& slice, Partial& partial, Shared& shared) const {
+      float size[2] = {0, 0};
+      for_each(slice, [&](int, float sk, float tk) {
+        size[0] = finite_larger(size[0], sk);
+        size[1] = finite_larger(size[1], tk);
+      });
+      cuda::reduce<Max>(team, size, shared.size);
       // The mean, and the offset that most of it becomes; then the mean of what is left.
 #pragma unroll 1
       for (int pass = 0; pass < 2; ++pass) {
@@ -298,8 +309,15 @@ struct Centred : LogitDifference<Square<float>> {
         });
         cuda::reduce<Sum>(team, sums, shared.sums[pass]);
         const float left = sums[0] / fmaxf(sums[1], 1);
-        (pass == 0 ? partial.d.offset : partial.d.mean) = left;
+        partial.d.mean += left;
         partial.count = sums[1];
+        if (pass == 0) {
+          const bool on_student = size[0] >= size[1];
+          const float offset = math::row_offset(left, on_student ? size[0] : size[1]);
+          partial.d.s_offset = on_student ? offset : 0.f;
+          partial.d.t_offset = on_student ? 0.f : -offset;
+          partial.d.mean -= offset;
+        }
       }
     }
     // f(place in its vector, student's logit, teacher's logit)
@@ -317,8 +335,8 @@ struct Centred : LogitDifference<Square<float>> {
 
   template <class Read>
   static __device__ __forceinline__ Row merge(const Parameters&, int slices, Read read, int, int lane) {
-    Row row{read(0).d, 0, 0};  // its offset serves for all slices: their means are brought to it
-    const auto mean_of = [&](const Partial& from) { return from.d.mean + (from.d.offset - row.d.offset); };
+    Row row{read(0).d, 0, 0};  // its offsets serve for all slices: their means are brought to them
+    const auto mean_of = [&](const Partial& from) { return from.d.mean + from.d.from(row.d); };
     float count = 0, weighted = 0, total = 0;
     for (int i = lane; i < slices; i += 32) {
       const Partial from = read(i);
@@ -369,7 +387,7 @@ struct PassedRow {
   static constexpr int kStats = Stat::count;
   F stat[Stat::count] = {};
   struct Shared {
-    F sums[2][kMostWarps][3], totals[kMostWarps][2];
+    F sizes[kMostWarps][2], sums[2][kMostWarps][3], totals[kMostWarps][2];
   };
 
   __device__ PassedRow(const Args& args, int64_t row) : args(args), element(args) {
@@ -379,7 +397,7 @@ struct PassedRow {
   }
   __device__ F s(int64_t k) const { return load_one<F>(student, args.student.dtype, k); }
   __device__ F t(int64_t k) const { return load_one<F>(teacher, args.teacher.dtype, k); }
-  __device__ F d(F s, F t) const { return math::shifted_difference(s, t, stat[Stat::offset], stat[Stat::mean]); }
+  __device__ F d(F s, F t) const { return ((s - stat[Stat::s_offset]) - (t - stat[Stat::t_offset])) - stat[Stat::mean]; }
   __device__ F scale() const { return F(args.scale) * (args.per_class ? stat[Stat::inv_classes] : F(1)); }
   // value(d) and slope(d) of a class
   template <class Function>
@@ -394,7 +412,13 @@ struct PassedRow {
     return F(0);
   }
 
-  __device__ void find_mean(const Team& team, F (&shared)[2][kMostWarps][3]) {
+  __device__ void find_mean(const Team& team, F (&sizes)[kMostWarps][2], F (&shared)[2][kMostWarps][3]) {
+    F size[2] = {0, 0};
+    for (int64_t k = team.lane; k < args.classes; k += team.size) {
+      size[0] = finite_larger(size[0], s(k));
+      size[1] = finite_larger(size[1], t(k));
+    }
+    cuda::reduce<Max>(team, size, sizes);
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
       F sums[3] = {0, 0, 0};
@@ -410,14 +434,21 @@ struct PassedRow {
         return;
       }
       const F left = sums[0] / (sums[1] > 0 ? sums[1] : 1);
-      stat[pass == 0 ? Stat::offset : Stat::mean] = left;
+      stat[Stat::mean] += left;
       stat[Stat::inv_classes] = 1 / sums[1];
+      if (pass == 0) {
+        const bool on_student = size[0] >= size[1];
+        const F offset = math::row_offset(left, on_student ? size[0] : size[1]);
+        stat[Stat::s_offset] = on_student ? offset : F(0);
+        stat[Stat::t_offset] = on_student ? F(0) : -offset;
+        stat[Stat::mean] -= offset;
+      }
     }
   }
 
   // The statistics; returns the sum of the values.
   __device__ __forceinline__ F reduce(const Team& team, Shared& shared) {
-    if (args.center || args.per_class) find_mean(team, shared.sums);
+    if (args.center || args.per_class) find_mean(team, shared.sizes, shared.sums);
     F total[2] = {0, 0};
     for_each(team, [&](int64_t, F value, F slope) {
       total[0] += value;

@@ -25,7 +25,7 @@ from kdfast.triton.cross_entropy import (
     target_of,
     with_hard,
 )
-from kdfast.triton.kl_math import number, zero_if_masked
+from kdfast.triton.kl_math import largest_finite, number, row_offset, zero_if_masked
 from kdfast.triton.launch import (
     IN_L2,
     Call,
@@ -46,7 +46,7 @@ from kdfast.triton.launch import (
     weight_of,
 )
 
-STATS = 3  # MseStat of csrc/kl_math.h: offset, mean, 1 / classes counted; with `center` only
+STATS = 4  # MseStat of csrc/kl_math.h: s_offset, t_offset, mean, 1 / classes counted; with `center` only
 
 # KIND, the function of the differences that is summed, and which constant factor it leaves to `scale`:
 #   "square"     d^2
@@ -88,18 +88,10 @@ def _slope(d, delta, F: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _differences(s, t, offset):
-    """d less the rows' offset if there is one (as shifted_difference of csrc/kl_math.h takes it), 0 for a class at -inf on both sides,
-    which does not count; and whether it does."""
+def _differences(s, t):
+    """d, 0 for a class at -inf on both sides, which does not count; and whether it does."""
     counts = (s != -float("inf")) | (t != -float("inf"))
-    if offset is None:
-        d = s - t
-    else:
-        d = s - t
-        minus_t = d - s
-        lost = (s - (d - minus_t)) - (t + minus_t)
-        d = (d - offset[:, None]) + tl.where(lost == lost, lost, 0.0)  # (NaN where d is infinite)
-    return tl.where(counts, d, 0.0), counts
+    return tl.where(counts, s - t, 0.0), counts
 
 
 @triton.jit
@@ -110,17 +102,20 @@ def _sum_of(d, counts):
 
 
 @triton.jit
-def _offset(s, t, F: tl.constexpr):
-    """The mean difference, which needs no more digits than it has: what it leaves has a mean of its own."""
-    d, counts = _differences(s, t, None)
-    return _sum_of(d, counts) / tl.maximum(tl.sum(counts.to(F), 1), 1.0)
+def _offsets(s, t, F: tl.constexpr):
+    """(s_offset, t_offset): the mean difference, rounded, on the side of the larger logits."""
+    d, counts = _differences(s, t)
+    mean = _sum_of(d, counts) / tl.maximum(tl.sum(counts.to(F), 1), 1.0)
+    s_size, t_size = largest_finite(s), largest_finite(t)
+    offset = row_offset(mean, tl.maximum(s_size, t_size))
+    return tl.where(s_size >= t_size, offset, 0.0), tl.where(s_size >= t_size, 0.0, -offset)
 
 
 @triton.jit
-def _moments(s, t, offset, F: tl.constexpr):
+def _moments(s, t, s_offset, t_offset, F: tl.constexpr):
     """Of a tile's rows: the differences less the offset, which classes count and how many, the mean of the differences, the sum of
     their squares around it."""
-    d, counts = _differences(s, t, offset)
+    d, counts = _differences(s - s_offset[:, None], t - t_offset[:, None])
     n = tl.sum(counts.to(F), 1)
     some = tl.maximum(n, 1.0)
     mean = _sum_of(d, counts) / some
@@ -133,14 +128,13 @@ def _moments(s, t, offset, F: tl.constexpr):
 
 
 @triton.jit
-def _part(s, t, offset, F: tl.constexpr, CENTER: tl.constexpr):
+def _part(s, t, s_offset, t_offset, F: tl.constexpr, CENTER: tl.constexpr):
     """_moments; those around 0 without `center`."""
     if CENTER:
-        return _moments(s, t, offset, F)
+        return _moments(s, t, s_offset, t_offset, F)
     else:
-        d, counts = _differences(s, t, None)
-        n = tl.sum(counts.to(F), 1)
-        return d, counts, n, tl.zeros_like(n), tl.sum(d * d, 1)
+        d, counts = _differences(s, t)
+        return d, counts, tl.sum(counts.to(F), 1), tl.zeros_like(s_offset), tl.sum(d * d, 1)
 
 
 @triton.jit
@@ -176,7 +170,7 @@ def rows_kernel(
         mask = used[:, None] & (k < aligned(classes, V))[None, :]
         s = load_tile(student, student_layout, row, k, mask, F, V)
         t = load_tile(teacher, teacher_layout, row, k, mask, F, V)
-        d, _counts = _differences(s, t, None)
+        d, _counts = _differences(s, t)
         total += _value(d, delta, F, KIND)
         if grad_student is not None or grad_teacher is not None:
             g = _slope(d, delta, F, KIND) * (factor * grad_scale(divisor, divisor_tensor, F))[:, None]
@@ -205,9 +199,7 @@ def row_kernel(
     used = weight != 0.0
     end = aligned(classes, V)
     k = tl.arange(0, C)
-    offset = None
-    if CENTER and not EXACT:
-        offset = tl.zeros([R], F)
+    s_offset, t_offset = tl.zeros([R], F), tl.zeros([R], F)
     if HARD != "":
         column, counts_hard = target_of(target, target_stride, ignore_index, row, rows, classes, used)
         s_target = tl.load(student + row_offsets(row, student_layout, V) + column, mask=column >= 0, other=-float("inf")).to(F)
@@ -218,8 +210,8 @@ def row_kernel(
         s = load_tile(student, student_layout, row, k, mask, F, V)
         t = load_tile(teacher, teacher_layout, row, k, mask, F, V)
         if CENTER and not EXACT:
-            offset = _offset(s, t, F)
-        d, counts, n, mean, total = _part(s, t, offset, F, CENTER)
+            s_offset, t_offset = _offsets(s, t, F)
+        d, counts, n, mean, total = _part(s, t, s_offset, t_offset, F, CENTER)
         d = tl.where(counts, d - mean[:, None], 0.0)
         if HARD != "":
             top, others = add_block(top, others, s, k, column)
@@ -231,9 +223,10 @@ def row_kernel(
             mask = used[:, None] & (start + k < end)[None, :]
             s = load_tile(student, student_layout, row, start + k, mask, F, V)
             t = load_tile(teacher, teacher_layout, row, start + k, mask, F, V)
-            if CENTER and not EXACT:  # that of the first block with any class
-                offset = tl.where(n == 0.0, _offset(s, t, F), offset)
-            _d, _counts, block_n, block_mean, block_squares = _part(s, t, offset, F, CENTER)
+            if CENTER and not EXACT:  # those of the first block with any class
+                s_new, t_new = _offsets(s, t, F)
+                s_offset, t_offset = tl.where(n == 0.0, s_new, s_offset), tl.where(n == 0.0, t_new, t_offset)
+            _d, _counts, block_n, block_mean, block_squares = _part(s, t, s_offset, t_offset, F, CENTER)
             # Two parts of a row as one: all terms are positive.
             share = block_n / tl.maximum(n + block_n, 1.0)
             apart = tl.where(n > 0.0, block_mean - mean, 0.0)
@@ -257,7 +250,7 @@ def row_kernel(
                 mask = used[:, None] & (start + k < end)[None, :]
                 s = load_tile(student, student_layout, row, start + k, mask, F, V)
                 t = load_tile(teacher, teacher_layout, row, start + k, mask, F, V)
-                d, counts = _differences(s, t, offset)
+                d, counts = _differences(s - s_offset[:, None], t - t_offset[:, None])
                 d = tl.where(counts, d - mean[:, None], 0.0)
                 total += tl.sum(_value(d, delta, F, KIND), 1)
                 mean_slope += tl.sum(_slope(d, delta, F, KIND), 1)
@@ -276,11 +269,12 @@ def row_kernel(
         store_loss(loss, row, rows, tl.where(used, total * row_scale * weight, 0.0), PER_ROW)
     if row_stats is not None:
         at = row_stats + row * STATS
-        tl.store(at, tl.zeros([R], F) if offset is None else offset, mask=row < rows)
-        tl.store(at + 1, mean, mask=row < rows)
-        tl.store(at + 2, inv_n, mask=row < rows)
+        tl.store(at, s_offset, mask=row < rows)
+        tl.store(at + 1, t_offset, mask=row < rows)
+        tl.store(at + 2, mean, mask=row < rows)
+        tl.store(at + 3, inv_n, mask=row < rows)
         if KIND != "square":
-            tl.store(at + 3, mean_slope, mask=row < rows)
+            tl.store(at + 4, mean_slope, mask=row < rows)
         if HARD != "":
             store_hard_stats(
                 row_stats, row * STATS + (STATS - HARD_STATS), row < rows, counts_hard, top, hard_inv_z, hard_slope
@@ -308,7 +302,7 @@ def row_kernel(
                 mask = used[:, None] & (at < end)[None, :]
                 s = load_tile(student, student_layout, row, at, mask, F, V)
                 t = load_tile(teacher, teacher_layout, row, at, mask, F, V)
-                d, counts = _differences(s, t, offset)
+                d, counts = _differences(s - s_offset[:, None], t - t_offset[:, None])
                 slope = _slope(d - mean[:, None], delta, F, KIND) - mean_slope[:, None]
                 g = tl.where(counts, slope * factor[:, None], 0.0)
                 hard = None
@@ -353,15 +347,17 @@ def gradient_kernel(
         hard = hard_gradient(e, k, column, counts_hard, hard_inv_z, hard_slope, hard_factor, smoothing, classes, F)
     if row_stats is not None:
         at = row_stats + row * STATS
-        d, counts = _differences(s, t, tl.load(at, mask=used, other=0.0))
-        slope = _slope(d - tl.load(at + 1, mask=used, other=0.0)[:, None], delta, F, KIND)
+        s -= tl.load(at, mask=used, other=0.0)[:, None]
+        t -= tl.load(at + 1, mask=used, other=0.0)[:, None]
+        d, counts = _differences(s, t)
+        slope = _slope(d - tl.load(at + 2, mask=used, other=0.0)[:, None], delta, F, KIND)
         if KIND != "square":
-            slope -= tl.load(at + 3, mask=used, other=0.0)[:, None]
+            slope -= tl.load(at + 4, mask=used, other=0.0)[:, None]
         slope = tl.where(counts, slope, 0.0)
         if PER_CLASS:
-            factor *= tl.load(at + 2, mask=used, other=0.0)
+            factor *= tl.load(at + 3, mask=used, other=0.0)
     else:
-        d, _counts = _differences(s, t, None)
+        d, _counts = _differences(s, t)
         slope = _slope(d, delta, F, KIND)
     g = slope * tl.where(used, factor, 0.0)[:, None]
     _store_gradients(
